@@ -1,0 +1,84 @@
+"""Sequences longer than one device: attention written once as for one device, cut over ranks with the numbers of one device.
+
+The public surface on one page: ops for models (`ops`), per-rank functions under the names people migrate from (`functional`), and
+`ContextParallel`. The engine and its parts, for people who write a variant, are in `core`.
+"""
+
+from .context import ContextParallel
+from .core.mask import Mask, Slice
+from .functional import (
+    intel_ring_flash_attn_func,
+    intel_ring_flash_attn_kvpacked_func,
+    intel_ring_flash_attn_qkvpacked_func,
+    llama3_flash_attn_prepare_cu_seqlens,
+    llama3_flash_attn_varlen_func,
+    llama3_flash_attn_varlen_kvpacked_func,
+    llama3_flash_attn_varlen_qkvpacked_func,
+    ring_flash_attn_func,
+    ring_flash_attn_kvpacked_func,
+    ring_flash_attn_qkvpacked_func,
+    ring_flash_attn_varlen_func,
+    ring_flash_attn_varlen_kvpacked_func,
+    ring_flash_attn_varlen_qkvpacked_func,
+    ring_sliding_window_attn,
+    ring_sliding_window_attn_varlen,
+    ring_streaming_llm_attn,
+    ring_streaming_llm_attn_varlen,
+    stripe_flash_attn_func,
+    stripe_flash_attn_kvpacked_func,
+    stripe_flash_attn_qkvpacked_func,
+    zigzag_ring_flash_attn_func,
+    zigzag_ring_flash_attn_kvpacked_func,
+    zigzag_ring_flash_attn_qkvpacked_func,
+    zigzag_ring_flash_attn_varlen_func,
+    zigzag_ring_flash_attn_varlen_kvpacked_func,
+    zigzag_ring_flash_attn_varlen_qkvpacked_func,
+)
+from .ops import (
+    wrap_ring_attn_func,
+    wrap_ring_attn_varlen_func,
+    wrap_sliding_window_attn_func,
+    wrap_streaming_llm_attn_func,
+    wrap_stripe_attn_func,
+    wrap_zigzag_attn_func,
+)
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ContextParallel",
+    "Mask",
+    "Slice",
+    "intel_ring_flash_attn_func",
+    "intel_ring_flash_attn_kvpacked_func",
+    "intel_ring_flash_attn_qkvpacked_func",
+    "llama3_flash_attn_prepare_cu_seqlens",
+    "llama3_flash_attn_varlen_func",
+    "llama3_flash_attn_varlen_kvpacked_func",
+    "llama3_flash_attn_varlen_qkvpacked_func",
+    "ring_flash_attn_func",
+    "ring_flash_attn_kvpacked_func",
+    "ring_flash_attn_qkvpacked_func",
+    "ring_flash_attn_varlen_func",
+    "ring_flash_attn_varlen_kvpacked_func",
+    "ring_flash_attn_varlen_qkvpacked_func",
+    "ring_sliding_window_attn",
+    "ring_sliding_window_attn_varlen",
+    "ring_streaming_llm_attn",
+    "ring_streaming_llm_attn_varlen",
+    "stripe_flash_attn_func",
+    "stripe_flash_attn_kvpacked_func",
+    "stripe_flash_attn_qkvpacked_func",
+    "wrap_ring_attn_func",
+    "wrap_ring_attn_varlen_func",
+    "wrap_sliding_window_attn_func",
+    "wrap_streaming_llm_attn_func",
+    "wrap_stripe_attn_func",
+    "wrap_zigzag_attn_func",
+    "zigzag_ring_flash_attn_func",
+    "zigzag_ring_flash_attn_kvpacked_func",
+    "zigzag_ring_flash_attn_qkvpacked_func",
+    "zigzag_ring_flash_attn_varlen_func",
+    "zigzag_ring_flash_attn_varlen_kvpacked_func",
+    "zigzag_ring_flash_attn_varlen_qkvpacked_func",
+]

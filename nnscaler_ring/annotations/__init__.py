@@ -1,0 +1,1 @@
+"""How an op may be cut: the spec, one adapter per engine, and policies."""

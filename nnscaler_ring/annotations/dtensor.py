@@ -1,0 +1,128 @@
+"""torch's DTensor as the engine that cuts: placements say what is cut, the mesh says which ranks form the ring.
+
+The op runs on the local tensors; this module turns placements into its group and back into the placements of its results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from .spec import OpSpec
+
+Local = Callable[[Sequence[Tensor], dist.ProcessGroup | None, int], tuple[Tensor, Tensor]]
+"""The op on local tensors: ``(q, k, v), the ring's group or None, tokens of the whole sequence`` -> out, lse."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one call is cut: for each mesh axis the name of the dim, or None where it is replicated."""
+
+    mesh: DeviceMesh
+    dims: tuple[str | None, ...]
+
+    def placements(self, spec: OpSpec, tensor: str) -> list[Placement]:
+        """The placements of an input or a result."""
+        return [Replicate() if name is None else _shard(spec.dim(tensor, name)) for name in self.dims]
+
+    @property
+    def ring(self) -> dist.ProcessGroup | None:
+        """The group of the axis that cuts the sequence, or None."""
+        if "sequence" not in self.dims:
+            return None
+        axis = self.dims.index("sequence")
+        group = self.mesh.get_group(axis)
+        if group.rank() != self.mesh.get_local_rank(axis):
+            raise ValueError(
+                f"mesh axis {axis} lists ranks in an order that is not ascending ({self.mesh}): its group would hold the chunks "
+                "of the sequence in another order; build the mesh with ascending ranks along the axis that cuts the sequence"
+            )
+        return group
+
+
+def _shard(dim: int | None) -> Placement:
+    assert dim is not None, "a spec names every cut dim in q, k, v and its results"
+    return Shard(dim)
+
+
+def resolve(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> Cut:
+    """How the DTensors q, k and v are cut, or ValueError that lists what is allowed.
+
+    Raises:
+        ValueError: plain tensors among DTensors, different meshes, placements that the spec does not allow, the sequence cut by
+            two axes, or heads that do not divide by their axis.
+    """
+    if not all(isinstance(x, DTensor) for x in (q, k, v)):
+        raise ValueError(f"{spec.name}: q, k and v must all be DTensors or all plain, got {[type(x).__name__ for x in (q, k, v)]}")
+    assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
+    if not q.device_mesh == k.device_mesh == v.device_mesh:
+        raise ValueError(f"{spec.name}: q, k and v are on different meshes: {q.device_mesh}, {k.device_mesh}, {v.device_mesh}")
+    single = k.shape[spec.dim("k", "heads") or 0] == 1
+    axes = zip(q.placements, k.placements, v.placements, strict=True)
+    cut = Cut(q.device_mesh, tuple(_name(spec, axis, placements, single) for axis, placements in enumerate(axes)))
+    if cut.dims.count("sequence") > 1:
+        raise ValueError(f"{spec.name}: the sequence is cut by two mesh axes; flatten them into one (DeviceMesh._flatten) first")
+    for axis, name in enumerate(cut.dims):
+        if name == "heads":
+            size, heads = cut.mesh.size(axis), (q.shape[spec.dim("q", "heads") or 0], k.shape[spec.dim("k", "heads") or 0])
+            if heads[0] % size or (heads[1] % size and not single):
+                raise ValueError(
+                    f"{spec.name}: {heads[0]} query and {heads[1]} key heads do not divide by mesh axis {axis} of {size}"
+                )
+    return cut
+
+
+def _name(spec: OpSpec, axis: int, placements: Sequence[Placement], single_key_head: bool) -> str | None:
+    """The name of the dim that one mesh axis cuts, the same in q, k and v."""
+    if all(isinstance(p, Replicate) for p in placements):
+        return None
+    for name in spec.cuttable:
+        if all(p == Shard(spec.dim(t, name) or 0) for t, p in zip("qkv", placements, strict=True)):
+            return name
+    heads_q = placements[0] == Shard(spec.dim("q", "heads") or 0)
+    if heads_q and single_key_head and all(isinstance(p, Replicate) for p in placements[1:]):
+        return "heads"
+    raise ValueError(
+        f"{spec.name}: placements q {placements[0]}, k {placements[1]}, v {placements[2]} on mesh axis {axis} are not allowed. "
+        f"Allowed on each axis: {spec.describe()}"
+    )
+
+
+def run(spec: OpSpec, q: DTensor, k: DTensor, v: DTensor, op: Local) -> tuple[DTensor, DTensor]:
+    """Run an op on DTensors: out and lse with the placements of q.
+
+    A key head that every rank of a heads axis shares has a gradient that is a sum over that axis.
+    """
+    cut = resolve(spec, q, k, v)
+    locals_ = []
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        cut_here = zip(cut.placements(spec, name), x.placements, strict=True)
+        grads = [Partial() if wanted.is_shard() and not have.is_shard() else have for wanted, have in cut_here]
+        locals_.append(x.to_local(grad_placements=grads))
+    out, lse = op(locals_, cut.ring, q.shape[spec.dim("q", "sequence") or 0])
+    shape = torch.Size((*q.shape[:-1], v.shape[-1]))
+    return _wrap(out, cut, spec, "out", shape), _wrap(lse, cut, spec, "lse", _lse_shape(spec, q))
+
+
+def _lse_shape(spec: OpSpec, q: DTensor) -> torch.Size:
+    return torch.Size([q.shape[spec.dim("q", name) or 0] for name in spec.lse])
+
+
+def _wrap(x: Tensor, cut: Cut, spec: OpSpec, name: str, shape: torch.Size) -> DTensor:
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(x, cut.mesh, cut.placements(spec, name), run_check=False, shape=shape, stride=stride)
+
+
+def local(tensor: Tensor | None) -> Tensor | None:
+    """A table that every rank has whole: the local tensor of a replicated DTensor, or the tensor itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if not all(isinstance(p, Replicate) for p in tensor.placements):
+        raise ValueError(f"cu_seqlens has placements {tensor.placements}: every rank needs it whole, redistribute to Replicate()")
+    return tensor.to_local()

@@ -1,0 +1,94 @@
+"""How an op may be cut, said once per op: each engine's adapter reads it from here.
+
+A spec names the dims of every tensor. Dims of one name are cut together; what a name may do is the same for all ops::
+
+    batch      cut freely: rows are independent
+    sequence   cut over one ring of ranks: the op exchanges keys and values in it
+    heads      cut freely, query heads together with their key heads; a single key head stays whole and its gradient is a sum
+    dim        never cut
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+CUTS: Mapping[str, str] = MappingProxyType(
+    {
+        "batch": "cut freely",
+        "sequence": "cut over one axis, the ring",
+        "heads": "cut freely, queries with their keys and values",
+    }
+)
+"""Dims that may be cut, and how; a dim of another name stays whole."""
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op: the names of its tensors' dims.
+
+    Attributes:
+        name: the public name.
+        inputs: name of a tensor argument -> names of its dims; an empty tuple for one that every rank has whole.
+        out, lse: dims of the results.
+        layout: the layout that the op computes in, whatever order the tokens come in.
+
+    Example:
+        >>> SPECS["wrap_ring_attn_func"].dim("q", "sequence")
+        1
+    """
+
+    name: str
+    inputs: Mapping[str, tuple[str, ...]]
+    out: tuple[str, ...]
+    lse: tuple[str, ...]
+    layout: str = "contiguous"
+
+    def dim(self, tensor: str, name: str) -> int | None:
+        """The place of the dim called `name` in a tensor argument, ``out`` or ``lse``; None where it has no such dim."""
+        dims = {**self.inputs, "out": self.out, "lse": self.lse}[tensor]
+        return dims.index(name) if name in dims else None
+
+    @property
+    def cuttable(self) -> tuple[str, ...]:
+        """Names of the dims that may be cut."""
+        return tuple(name for name in CUTS if any(name in dims for dims in self.inputs.values()))
+
+    def describe(self) -> str:
+        """The allowed cuts in words, for error messages."""
+        cuts = []
+        for name in self.cuttable:
+            where = ", ".join(f"{t} on dim {self.dim(t, name)}" for t in ("q", "k", "v"))
+            cuts.append(f"{name} ({where}; {CUTS[name]})")
+        return "; ".join(cuts) + "; or nothing (replicated)"
+
+
+_DENSE = ("batch", "sequence", "heads", "dim")
+_PACKED = ("sequence", "heads", "dim")
+
+
+def _dense(name: str, layout: str = "contiguous") -> OpSpec:
+    tensors = {"q": _DENSE, "k": _DENSE, "v": _DENSE, "cu_seqlens": ()}
+    return OpSpec(name, MappingProxyType(tensors), _DENSE, ("batch", "heads", "sequence"), layout)
+
+
+def _varlen(name: str) -> OpSpec:
+    tensors = {"q": _PACKED, "k": _PACKED, "v": _PACKED, "cu_seqlens_q": (), "cu_seqlens_k": ()}
+    return OpSpec(name, MappingProxyType(tensors), _PACKED, ("heads", "sequence"))
+
+
+SPECS: Mapping[str, OpSpec] = MappingProxyType(
+    {
+        spec.name: spec
+        for spec in (
+            _dense("wrap_ring_attn_func"),
+            _dense("wrap_zigzag_attn_func", "zigzag"),
+            _dense("wrap_stripe_attn_func", "stripe"),
+            _varlen("wrap_ring_attn_varlen_func"),
+            _dense("wrap_sliding_window_attn_func"),
+            _dense("wrap_streaming_llm_attn_func"),
+        )
+    }
+)
+"""Every op's spec by its public name."""

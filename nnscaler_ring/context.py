@@ -1,0 +1,154 @@
+"""`ContextParallel`: a group of ranks, a layout, a transport and a kernel bound once, for plain tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .core.call import Options, Result, Rows, attend, check_names, group_name, host_table
+from .core.layout import Layout
+from .core.mask import Mask, check_cu_seqlens
+from .core.recipe import Recipe, content, layout_of
+from .core.relayout import gather
+from .core.transport import transport_of
+
+
+class ContextParallel:
+    """Ranks that share each sequence, and how they share it.
+
+    Args:
+        group_or_mesh: a process group, a 1-D DeviceMesh, or None: the default group (this process alone where there is none).
+        layout: ``contiguous``, ``zigzag`` (equal work under a causal mask), ``stripe``, or ``contiguous-per-document`` and
+            ``zigzag-per-document`` for packed rows.
+        transport: ``auto``, ``ring``, ``all_gather`` or ``halo``.
+        kernel: ``auto``, or the name of a backend.
+
+    Raises:
+        ValueError: an unknown name (lists the known), a mesh of more dims, or a group that this process is not in.
+
+    Example:
+        >>> cp = ContextParallel(None, layout="zigzag")
+        >>> x = cp.shard(torch.randn(1, 16, 4, 8), dim=1)
+        >>> cp.unshard(cp.attention(x, x, x, mask="causal"), dim=1).shape
+        torch.Size([1, 16, 4, 8])
+    """
+
+    def __init__(
+        self,
+        group_or_mesh: dist.ProcessGroup | DeviceMesh | None = None,
+        layout: str = "contiguous",
+        transport: str = "auto",
+        kernel: str = "auto",
+    ) -> None:
+        if isinstance(group_or_mesh, DeviceMesh):
+            if group_or_mesh.ndim != 1:
+                raise ValueError(
+                    f"ContextParallel takes a mesh of one dim, got {group_or_mesh}: pass mesh['name'] of the axis meant"
+                )
+            group_or_mesh = group_or_mesh.get_group()
+        self._recipe = Recipe(group=group_name(group_or_mesh), layout=layout, transport=transport, kernel=kernel)
+        check_names(self._recipe)
+        self._transport = transport_of(self._recipe.group)
+        self.rank: int = self._transport.ranks[0]
+        self.world_size: int = self._transport.world_size
+
+    def __repr__(self) -> str:
+        r = self._recipe
+        return f"ContextParallel(rank {self.rank} of {self.world_size}, {r.layout}, transport={r.transport}, kernel={r.kernel})"
+
+    def _layout(self, seq_len: int, cu_seqlens: Tensor | None) -> Layout:
+        cu = host_table("cu_seqlens", cu_seqlens)
+        if cu is not None:
+            check_cu_seqlens("cu_seqlens", cu.numpy(), seq_len)
+        elif self._recipe.layout.endswith("per-document"):
+            raise ValueError(f"layout {self._recipe.layout!r} cuts each document: pass cu_seqlens")
+        return layout_of(self._recipe.layout, seq_len, self.world_size, content(cu))
+
+    def position_ids(self, seq_len: int, cu_seqlens: Tensor | None = None, device: torch.device | str | None = None) -> Tensor:
+        """Positions of this rank's tokens in the whole sequence, int64 ``[L]``, for RoPE; within each document with `cu_seqlens`.
+
+        Args:
+            seq_len: tokens of the whole sequence.
+            cu_seqlens: int32 boundaries of packed documents ``[0, ..., seq_len]``.
+            device: of the result.
+        """
+        positions = self._layout(seq_len, cu_seqlens).positions(self.rank)
+        cu = host_table("cu_seqlens", cu_seqlens)
+        if cu is not None:
+            starts = cu.numpy()
+            positions = positions - starts[np.searchsorted(starts, positions, side="right") - 1]
+        return torch.from_numpy(positions).to(device)
+
+    def shard(self, x: Tensor, dim: int, cu_seqlens: Tensor | None = None) -> Tensor:
+        """This rank's tokens of `x`, which every rank has whole: ``[..., S, ...] -> [..., L, ...]``; differentiable."""
+        positions = self._layout(x.shape[dim], cu_seqlens).positions(self.rank)
+        return x.index_select(dim, torch.from_numpy(positions).to(x.device))
+
+    def unshard(self, x: Tensor, dim: int, cu_seqlens: Tensor | None = None, seq_len: int | None = None) -> Tensor:
+        """The whole tensor in natural order on every rank, from each rank's tokens: ``[..., L, ...] -> [..., S, ...]``.
+
+        The gradient of a rank's tokens is that of the same tokens in its own whole tensor.
+
+        Args:
+            x: this rank's tokens.
+            dim: the dim of the tokens.
+            cu_seqlens: boundaries of packed documents.
+            seq_len: `S`, where ranks hold different numbers of tokens; ``world_size * L`` where None.
+        """
+        seq_len = self._total(x.shape[dim], cu_seqlens, seq_len)
+        self._layout(seq_len, cu_seqlens)
+        if self.world_size == 1:
+            return x
+        rows = x.movedim(dim, 0).unsqueeze(0)
+        whole = gather(rows, host_table("cu_seqlens", cu_seqlens), seq_len, self._recipe.layout, self._recipe.group)
+        return whole.squeeze(0).movedim(0, dim)
+
+    def _total(self, tokens: int, cu_seqlens: Tensor | None, seq_len: int | None) -> int:
+        if seq_len is not None:
+            return seq_len
+        cu = host_table("cu_seqlens", cu_seqlens)
+        return tokens * self.world_size if cu is None else int(cu[-1])
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: str | Mask = "causal",
+        softmax_scale: float | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        **options: Any,
+    ) -> Result:
+        """Attention over the whole sequence, on this rank's tokens.
+
+        Args:
+            q: ``[B, L, Hq, D]``, this rank's tokens as `shard` gives them; k ``[B, L, Hk, D]``; v ``[B, L, Hk, Dv]``.
+            mask: ``causal``, ``full``, or a `core.mask.Mask` of band slices over the whole sequence.
+            softmax_scale: factor of the scores; ``D ** -0.5`` where None.
+            cu_seqlens: int32 boundaries of packed documents ``[0, ..., S]``, the same in every batch row.
+            options: ``window_size=(left, right)``; ``sinks``, the first tokens of each document seen from beyond the window;
+                ``prefix``, the first tokens of each document seen by earlier ones; ``seq_len``, `S` where ranks hold different
+                numbers of tokens; ``deterministic``; ``return_attn_probs``.
+
+        Returns:
+            out ``[B, L, Hq, Dv]``, or ``(out, softmax_lse, None)``.
+
+        Raises:
+            ValueError, NotImplementedError: see `core.call.attend`.
+        """
+        rows = Rows(seq_len=options.pop("seq_len", None), cu_seqlens_q=cu_seqlens, slices=mask if isinstance(mask, Mask) else None)
+        if isinstance(mask, Mask) and (cu_seqlens is not None or {"window_size", "sinks", "prefix"} & options.keys()):
+            raise ValueError("a Mask says everything: leave out cu_seqlens, window_size, sinks and prefix")
+        if not isinstance(mask, Mask) and mask not in ("causal", "full"):
+            raise ValueError(f"mask={mask!r}: give 'causal', 'full' or a Mask")
+        total = self._total(q.shape[1], cu_seqlens, rows.seq_len)
+        self._layout(total, cu_seqlens)
+        settled = Options(softmax_scale=softmax_scale, causal=mask == "causal", **options)
+        return attend(q, k, v, self._recipe, settled, replace(rows, seq_len=total))

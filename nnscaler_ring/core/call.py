@@ -1,0 +1,238 @@
+"""The public edge of the engine: every front validates here once, before any communication, and calls the op.
+
+Legend: `B` batch, `L` tokens of this rank, `T` packed tokens of this rank, `Hq`/`Hk` heads, `D`/`Dv` head dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import engine, kernels
+from .layout import LAYOUTS
+from .mask import Mask, check_cu_seqlens, check_window
+from .plan import check_transport
+from .recipe import Recipe, content, mask_of
+
+Group = dist.ProcessGroup | Sequence[int] | None
+"""A process group, the global ranks of one, or None for the default group (this process alone where there is none)."""
+
+Result = Tensor | tuple[Tensor, Tensor, None]
+"""out, or ``(out, softmax_lse, None)`` where the probabilities' log-sum-exp is asked for, as flash-attn returns it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The arguments that all attention functions share, under flash-attn's names.
+
+    Attributes:
+        softmax_scale: factor of the scores; ``D ** -0.5`` where None.
+        dropout_p: must be 0.0; a positive probability is not built yet.
+        causal, window_size, sinks, prefix: who sees whom, see `mask.build`.
+        alibi_slopes: must be None; not built yet.
+        deterministic: the same bits each time, also where a kernel has a faster way.
+        return_attn_probs: return ``(out, softmax_lse, None)``.
+    """
+
+    softmax_scale: float | None = None
+    dropout_p: float = 0.0
+    causal: bool = False
+    window_size: tuple[int, int] = (-1, -1)
+    sinks: int = 0
+    prefix: int = 0
+    alibi_slopes: Tensor | None = None
+    deterministic: bool = False
+    return_attn_probs: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.dropout_p < 1.0:
+            raise ValueError(f"dropout_p={self.dropout_p}: a probability in [0, 1) is allowed")
+        if self.dropout_p > 0.0:
+            raise NotImplementedError(f"dropout_p={self.dropout_p}: no kernel here has dropout yet; pass dropout_p=0.0")
+        if self.alibi_slopes is not None:
+            raise NotImplementedError("alibi_slopes: no kernel here has ALiBi yet; pass alibi_slopes=None")
+        check_window(self.window_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Which tokens the tensors hold: the whole length, and the documents packed in it.
+
+    Attributes:
+        seq_len: tokens of the whole sequence; the group's size times the tokens passed where None.
+        cu_seqlens_q: boundaries of the documents in the whole sequence, ``[0, ..., seq_len]``; one document where None.
+        cu_seqlens_k: the same for keys; `cu_seqlens_q` where None.
+        slices: a mask of band slices that stands for causal, window and documents.
+    """
+
+    seq_len: int | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    slices: Mask | None = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, rows: Rows | None = None) -> Result:
+    """Check the arguments and run the op on this rank's rows.
+
+    Args:
+        q: ``[B, L, Hq, D]``, or packed ``[T, Hq, D]``.
+        k: ``[B, L, Hk, D]`` or ``[T, Hk, D]``.
+        v: ``[B, L, Hk, Dv]`` or ``[T, Hk, Dv]``.
+        recipe: layout, transport, kernel and group; the mask in it is that of `options`.
+        options: the shared arguments.
+        rows: which tokens these are.
+
+    Returns:
+        out like q with head dim `Dv`; with `return_attn_probs` also the log-sum-exp ``[B, Hq, L]`` (``[Hq, T]``), natural log,
+        fp32 (float64 for float64), without a gradient.
+
+    Raises:
+        ValueError: an argument is not as described.
+        NotImplementedError: no kernel has what is asked for.
+    """
+    rows = rows or Rows()
+    recipe, total, tables = check(q, k, v, recipe, options, rows)
+    packed = q.dim() == 3
+    if packed:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    scale = q.shape[3] ** -0.5 if options.softmax_scale is None else float(options.softmax_scale)
+    out, lse = engine.attention(q, k, v, *tables, *total, scale, str(recipe))
+    if packed:
+        out, lse = out.squeeze(0), lse.squeeze(0)
+    return (out, lse.detach(), None) if options.return_attn_probs else out
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, rows: Rows
+) -> tuple[Recipe, tuple[int, int], tuple[Tensor | None, ...]]:
+    """All that can be wrong, found on every rank alike without communication.
+
+    Returns:
+        The whole recipe, the numbers of query and key tokens of the whole sequence, and the tables ``cu_q, cu_k, slices``.
+    """
+    check_qkv(q, k, v)
+    check_names(recipe)
+    dim = q.dim() - 3
+    recipe = replace(
+        recipe,
+        causal=options.causal,
+        window=check_window(options.window_size),
+        sinks=options.sinks,
+        prefix=options.prefix,
+        deterministic=options.deterministic,
+    )
+    shards = 1 if recipe.group.startswith("local:") else engine.transport_of(recipe.group).world_size
+    total = rows.seq_len or shards * q.shape[dim], shards * k.shape[dim]
+    if rows.seq_len is not None and q.shape[dim] == k.shape[dim]:
+        total = rows.seq_len, rows.seq_len
+    cu_q, cu_k = host_table("cu_seqlens_q", rows.cu_seqlens_q), host_table("cu_seqlens_k", rows.cu_seqlens_k)
+    slices = None if rows.slices is None else _slices(rows.slices, *total)
+    mask_of(recipe, *total, content(cu_q), content(cu_k), content(slices))
+    engine.kernel_for(recipe, q, k, v)
+    return recipe, total, (cu_q, cu_k, slices)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """ValueError unless q, k and v fit together, with what came and what is allowed."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() not in (3, 4) or k.dim() != q.dim() or v.dim() != q.dim():
+        raise ValueError(f"{shapes}: give all [B, L, H, D], or all packed [T, H, D]")
+    if q.shape[0] != k.shape[0] and q.dim() == 4:
+        raise ValueError(f"{shapes}: q, k and v must have one batch size")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"{shapes}: k and v must agree in all but the head dim")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"{shapes}: q and k must have one head dim")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"{shapes}: the {q.shape[-2]} query heads must be a multiple of the {k.shape[-2]} key heads")
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
+        raise ValueError(f"{shapes}: head dims must be positive")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: give one floating dtype")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: give one device")
+
+
+def check_names(recipe: Recipe) -> None:
+    """ValueError for an unknown layout, transport or kernel, listing the known."""
+    if recipe.layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {recipe.layout!r}: choose one of {', '.join(LAYOUTS)}")
+    check_transport(recipe.transport)
+    kernels.check_kernel(recipe.kernel)
+    if recipe.heads_stride < 0:
+        raise ValueError(f"heads_k_stride={recipe.heads_stride}: give a number of key heads >= 1, or 0 for all")
+
+
+def host_table(name: str, cu_seqlens: Tensor | None) -> Tensor | None:
+    """Document boundaries on the CPU, read once; ValueError unless they are a 1-D integer tensor."""
+    if cu_seqlens is None:
+        return None
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"{name} must be an int32 tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1:
+        raise ValueError(f"{name} must be a 1-D int32 tensor, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}")
+    return cu_seqlens.detach().to("cpu", torch.int64)
+
+
+def _slices(mask: Mask, total_q: int, total_k: int) -> Tensor:
+    if (mask.q_len, mask.k_len) != (total_q, total_k):
+        raise ValueError(f"the mask is over {mask.q_len} queries and {mask.k_len} keys, the tokens are {total_q} and {total_k}")
+    return torch.from_numpy(mask.table.copy())
+
+
+def check_documents(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> np.ndarray:
+    """The boundaries of the documents in a shard of `tokens`, or ValueError; `max_seqlen` must not be below the longest."""
+    table = host_table("cu_seqlens", cu_seqlens)
+    assert table is not None
+    cu = check_cu_seqlens("cu_seqlens", table.numpy(), tokens)
+    longest = int(np.diff(cu).max(initial=0))
+    if max_seqlen < longest:
+        raise ValueError(f"max_seqlen={max_seqlen}, but the longest document of cu_seqlens has {longest} tokens")
+    return cu
+
+
+_NOT_A_MEMBER: Any = dist.GroupMember.NON_GROUP_MEMBER
+"""What ``torch.distributed.new_group`` returns on a rank outside the group."""
+
+
+def group_name(group: Group) -> str:
+    """The name by which the op finds a group; ``local:1`` where this process is alone.
+
+    Raises:
+        ValueError: this process is not in the group, or the ranks given are not ranks of the default group.
+    """
+    if group is None:
+        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        if group is None:
+            return "local:1"
+    if not isinstance(group, dist.ProcessGroup):
+        if group is _NOT_A_MEMBER:
+            raise ValueError("this process is not a member of the process_group given: call the op on its members only")
+        if not isinstance(group, Sequence) or isinstance(group, str) or not all(isinstance(rank, int) for rank in group):
+            raise ValueError(f"process_group must be a ProcessGroup, global ranks or None, got {group!r}")
+        group = _group_of(tuple(group))
+    return "local:1" if group.size() == 1 else group.group_name
+
+
+@lru_cache(maxsize=256)
+def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """A group of these global ranks, made by its members alone, once."""
+    if not dist.is_initialized():
+        raise ValueError(f"process_group={ranks}: call torch.distributed.init_process_group before naming ranks")
+    if sorted(set(ranks)) != list(ranks) or ranks[0] < 0 or ranks[-1] >= dist.get_world_size():
+        raise ValueError(f"process_group={ranks}: give ascending, different ranks below the world size {dist.get_world_size()}")
+    if dist.get_rank() not in ranks:
+        raise ValueError(f"process_group={ranks}: this is rank {dist.get_rank()}, which is not in it")
+    world = dist.group.WORLD
+    assert world is not None
+    if len(ranks) == world.size():
+        return world
+    group: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    return group

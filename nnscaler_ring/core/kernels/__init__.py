@@ -1,0 +1,44 @@
+"""Kernel backends and their choice: the first that can, in an order by device; if none can, what each one lacked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+
+from .aten import AtenCpu, AtenCuda
+from .base import Case, Grad, Kernel
+from .reference import Reference
+
+__all__ = ["KERNELS", "Case", "Grad", "Kernel", "check_kernel", "choose"]
+
+KERNELS: Mapping[str, tuple[Kernel, ...]] = MappingProxyType(
+    {"aten": (AtenCpu(), AtenCuda()), "reference": (Reference(),)},
+)
+"""Backends by name, the fastest first; a name stands for one backend per kind of device."""
+
+
+def check_kernel(name: str) -> str:
+    """`name`, or ValueError that lists the known kernels."""
+    if name != "auto" and name not in KERNELS:
+        raise ValueError(f"unknown kernel {name!r}: choose one of auto, {', '.join(KERNELS)}")
+    return name
+
+
+@lru_cache(maxsize=256)
+def choose(name: str, case: Case) -> Kernel:
+    """The backend called `name`, or with ``auto`` the first that takes the case.
+
+    Raises:
+        ValueError: the name is unknown.
+        NotImplementedError: no backend asked for takes the case; says what each lacks.
+    """
+    lacking = []
+    for tried in KERNELS if check_kernel(name) == "auto" else (name,):
+        for kernel in KERNELS[tried]:
+            try:
+                kernel.check(case)
+                return kernel
+            except NotImplementedError as why:
+                lacking.append(f"{tried}: {why}")
+    raise NotImplementedError(f"no kernel {name!r} for {case}. " + "; ".join(lacking))

@@ -1,0 +1,144 @@
+"""Layouts as data: which rank holds which positions, as runs ``(rank, start, count, stride)``, with an exact inverse.
+
+Eight tokens (columns) over two ranks (rows), and two documents of 3 and 5 tokens for the last two::
+
+    contiguous    zigzag        stripe        contiguous-per-document   zigzag-per-document
+    xxxx....      xx....xx      x.x.x.x.      xx.xx...                  x.xx...x
+    ....xxxx      ..xxxx..      .x.x.x.x      ..x..xxx                  .x..xxx.
+
+A rank's tokens are always in ascending position. Lengths that do not divide are allowed everywhere: `contiguous` cuts as
+``torch.chunk`` and DTensor do (the last ranks get less), the others as evenly as they can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+
+class Layout:
+    """An immutable assignment of positions ``0 .. length-1`` to ranks, compared by content.
+
+    Args:
+        runs: int array ``[n, 3]`` of ``(rank, start, count)``: `count` positions ``start, start + stride, ...``.
+        length: number of positions; each must be in exactly one run.
+        world_size: number of ranks; a rank may hold nothing.
+        stride: the one stride of all runs.
+
+    Example:
+        >>> zigzag(8, 2).positions(0)
+        array([0, 1, 6, 7])
+    """
+
+    def __init__(self, runs: np.ndarray, length: int, world_size: int, stride: int = 1) -> None:
+        runs = np.asarray(runs, dtype=np.int64).reshape(-1, 3)
+        runs = runs[runs[:, 2] > 0]
+        runs = runs[np.lexsort((runs[:, 1], runs[:, 0]))]
+        if len(runs) and stride == 1:  # neighbours on one rank are one run
+            joins = (runs[1:, 0] == runs[:-1, 0]) & (runs[:-1, 1] + runs[:-1, 2] == runs[1:, 1])
+            first = np.flatnonzero(np.concatenate([[True], ~joins]))
+            runs = np.column_stack([runs[first, :2], np.add.reduceat(runs[:, 2], first)])
+        self.runs = runs
+        self.runs.setflags(write=False)
+        self.length, self.world_size, self.stride = int(length), int(world_size), int(stride)
+        self.counts = np.bincount(runs[:, 0], weights=runs[:, 2], minlength=world_size).astype(np.int64)
+        before = np.cumsum(runs[:, 2]) - runs[:, 2]
+        self.row0 = before - (np.cumsum(self.counts) - self.counts)[runs[:, 0]]
+        """Local row of each run's first position."""
+        self._key = (self.length, self.world_size, self.stride, runs.tobytes())
+        self._hash = hash(self._key)
+        assert self.counts.sum() == length, "a layout holds every position once"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self._hash == other._hash and self._key == other._key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        return f"Layout({len(self.runs)} runs of stride {self.stride}, length={self.length}, world_size={self.world_size})"
+
+    def positions(self, rank: int) -> np.ndarray:
+        """The positions that `rank` holds, in the order of its rows: int64 ``[counts[rank]]``."""
+        _, start, count = self.runs[self.runs[:, 0] == rank].T
+        return np.repeat(start, count) + self.stride * (np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count))
+
+    def owner(self) -> tuple[np.ndarray, np.ndarray]:
+        """The inverse: for each position the rank that holds it and its row there, two int64 ``[length]`` arrays."""
+        ranks, rows = np.empty(self.length, dtype=np.int64), np.empty(self.length, dtype=np.int64)
+        for rank in range(self.world_size):
+            positions = self.positions(rank)
+            ranks[positions], rows[positions] = rank, np.arange(len(positions))
+        return ranks, rows
+
+
+def contiguous(length: int, world_size: int, cu_seqlens: np.ndarray | None = None) -> Layout:
+    """Rank `r` holds chunk `r` of `world_size`, cut as ``torch.chunk`` cuts; `cu_seqlens` is not looked at."""
+    chunk = -(-length // world_size) if length else 0
+    start = np.minimum(np.arange(world_size) * chunk, length)
+    count = np.minimum(start + chunk, length) - start
+    return Layout(np.column_stack([np.arange(world_size), start, count]), length, world_size)
+
+
+def zigzag(length: int, world_size: int, cu_seqlens: np.ndarray | None = None) -> Layout:
+    """Rank `r` holds chunks `r` and ``2 * world_size - 1 - r``: equal work under a causal mask; `cu_seqlens` is not looked at."""
+    return zigzag_per_document(length, world_size, np.array([0, length]))
+
+
+def stripe(length: int, world_size: int, cu_seqlens: np.ndarray | None = None) -> Layout:
+    """Rank `r` holds every `world_size`-th position from `r` on (striped attention); `cu_seqlens` is not looked at."""
+    start = np.arange(world_size)
+    count = np.maximum(0, -(-(length - start) // world_size))
+    return Layout(np.column_stack([start, start, count]), length, world_size, stride=world_size)
+
+
+def contiguous_per_document(length: int, world_size: int, cu_seqlens: np.ndarray | None = None) -> Layout:
+    """Each document cut in `world_size` contiguous parts, part `r` on rank `r`."""
+    start, parts = _parts(length, world_size, cu_seqlens)
+    first = start[:, None] + np.cumsum(parts, axis=1) - parts
+    ranks = np.broadcast_to(np.arange(world_size), parts.shape)
+    return Layout(np.column_stack([ranks.ravel(), first.ravel(), parts.ravel()]), length, world_size)
+
+
+def zigzag_per_document(length: int, world_size: int, cu_seqlens: np.ndarray | None = None) -> Layout:
+    """Each document cut in ``2 * world_size`` chunks, chunks `r` and ``2 * world_size - 1 - r`` on rank `r`."""
+    start, parts = _parts(length, world_size, cu_seqlens)
+    early = -(-parts // 2)
+    chunks = np.concatenate([early, (parts - early)[:, ::-1]], axis=1)
+    first = start[:, None] + np.cumsum(chunks, axis=1) - chunks
+    ranks = np.broadcast_to(np.concatenate([np.arange(world_size), np.arange(world_size)[::-1]]), chunks.shape)
+    return Layout(np.column_stack([ranks.ravel(), first.ravel(), chunks.ravel()]), length, world_size)
+
+
+def _parts(length: int, world_size: int, cu_seqlens: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Starts of the documents, and the tokens of each ``[document, rank]``, as even as possible.
+
+    The tokens that a document leaves over go to the ranks in turn, so that many short documents do not pile up on rank 0.
+    """
+    cu = np.array([0, length]) if cu_seqlens is None else np.asarray(cu_seqlens, dtype=np.int64)
+    lengths = np.diff(cu)
+    over = lengths % world_size
+    turn = (np.cumsum(over) - over)[:, None]
+    extra = (np.arange(world_size) - turn) % world_size < over[:, None]
+    return cu[:-1], lengths[:, None] // world_size + extra
+
+
+LAYOUTS: Mapping[str, Callable[[int, int, np.ndarray | None], Layout]] = MappingProxyType(
+    {
+        "contiguous": contiguous,
+        "zigzag": zigzag,
+        "stripe": stripe,
+        "contiguous-per-document": contiguous_per_document,
+        "zigzag-per-document": zigzag_per_document,
+    }
+)
+"""The layouts that have a name: ``builder(length, world_size, cu_seqlens)``."""
+
+
+def build(name: str, length: int, world_size: int, cu_seqlens: np.ndarray | None = None) -> Layout:
+    """The layout called `name`, or ValueError that lists the known names."""
+    if name not in LAYOUTS:
+        raise ValueError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name](length, world_size, cu_seqlens)

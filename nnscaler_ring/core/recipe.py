@@ -1,0 +1,77 @@
+"""What a call is to compute, as a key: a `Recipe` in one string, and the mask and layouts that are found by it.
+
+Plans, masks and layouts are functions of content alone, so they are cached, and an op that gets the key needs no other state.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import layout, mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything about a call that is not a tensor or a length, as one string key.
+
+    Attributes:
+        group: name of the process group, or ``local:N`` for N ranks inside this process.
+        layout: a name in `layout.LAYOUTS`: where the rows that are passed lie.
+        transport, kernel: names, or ``auto``.
+        causal, window, sinks, prefix: see `mask.build`.
+        heads_stride: key heads that travel at once under ``all_gather``; 0 for all.
+        deterministic: the same bits each time.
+    """
+
+    group: str = "local:1"
+    layout: str = "contiguous"
+    transport: str = "auto"
+    kernel: str = "auto"
+    causal: bool = False
+    window: tuple[int, int] = (-1, -1)
+    sinks: int = 0
+    prefix: int = 0
+    heads_stride: int = 0
+    deterministic: bool = False
+
+    def __str__(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> Recipe:
+        fields = json.loads(text)
+        return Recipe(**{**fields, "window": tuple(fields["window"])})
+
+
+@lru_cache(maxsize=1024)
+def mask_of(recipe: Recipe, q_len: int, k_len: int, cu_q: bytes | None, cu_k: bytes | None, slices: bytes | None) -> mask.Mask:
+    """The mask of a recipe over packed documents, or the slices given instead; tables as int64 bytes."""
+    if slices is not None:
+        return mask.Mask(np.frombuffer(slices, dtype=np.int64).reshape(-1, 6), q_len, k_len)
+    return mask.build(
+        *(q_len, k_len),
+        causal=recipe.causal,
+        window=recipe.window,
+        sinks=recipe.sinks,
+        prefix=recipe.prefix,
+        cu_seqlens_q=None if cu_q is None else np.frombuffer(cu_q, dtype=np.int64),
+        cu_seqlens_k=None if cu_k is None else np.frombuffer(cu_k, dtype=np.int64),
+    )
+
+
+@lru_cache(maxsize=1024)
+def layout_of(name: str, length: int, world_size: int, cu_seqlens: bytes | None = None) -> layout.Layout:
+    """The layout called `name`, cached; `cu_seqlens` as int64 bytes."""
+    return layout.build(name, length, world_size, None if cu_seqlens is None else np.frombuffer(cu_seqlens, dtype=np.int64))
+
+
+def content(table: Tensor | None) -> bytes | None:
+    """An integer tensor's content as int64 bytes; a CUDA tensor is read, which waits for the device."""
+    return None if table is None else table.detach().to("cpu", torch.int64).numpy().tobytes()

@@ -1,0 +1,161 @@
+"""Moving rows between layouts: into zigzag and back inside an op, and from shards to the whole and back at a model's edge.
+
+Two ``torch.library`` ops over the transports: `relayout`, whose gradient is the way back, and `gather`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .recipe import content, layout_of
+from .transport import Exchange, Walk, transport_of
+
+
+@lru_cache(maxsize=256)
+def _moves(source: Layout, target: Layout, rank: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Rows to send to each rank and rows to fill from each rank, both in the order of the receiver's rows."""
+    peer, row = target.owner()
+    here = source.positions(rank)
+    send = [np.flatnonzero(peer[here] == p) for p in range(source.world_size)]
+    send = [rows[np.argsort(row[here[rows]])] for rows in send]
+    came_from = source.owner()[0][target.positions(rank)]
+    return send, [np.flatnonzero(came_from == p) for p in range(source.world_size)]
+
+
+def _relayout(source: Layout, target: Layout, rank: int, tensors: Sequence[Tensor]) -> Walk:
+    """One rank's walk that moves its rows of each ``[B, L, ...]`` tensor to the ranks that hold them in `target`."""
+    send, receive = _moves(source, target, rank)
+    moved = [x.new_empty((x.shape[0], int(target.counts[rank]), *x.shape[2:])) for x in tensors]
+    outbox, inbox = [], []
+    for x in tensors:
+        pick = [torch.from_numpy(rows).to(x.device) for rows in send]
+        outbox.append([x.index_select(1, rows) for rows in pick])
+        inbox.append([x.new_empty((x.shape[0], len(rows), *x.shape[2:])) for rows in receive])
+    others = [p for p in range(source.world_size) if p != rank]
+    wait = yield Exchange(
+        [(p, box[p]) for box in outbox for p in others if box[p].numel()],
+        [(p, box[p]) for box in inbox for p in others if box[p].numel()],
+    )
+    wait()
+    for whole, arrived, own in zip(moved, inbox, outbox, strict=True):
+        for p, rows in enumerate(receive):
+            whole.index_copy_(1, torch.from_numpy(rows).to(whole.device), own[p] if p == rank else arrived[p])
+    return moved
+
+
+@torch.library.custom_op(
+    "nnscaler_ring::relayout",
+    mutates_args=(),
+    schema="(Tensor[] tensors, Tensor? cu_seqlens, int total, str source, str target, str group) -> Tensor[]",
+)
+def relayout(
+    tensors: Sequence[Tensor], cu_seqlens: Tensor | None, total: int, source: str, target: str, group: str
+) -> list[Tensor]:
+    """Move the rows (dim 1) of ``[B, L, ...]`` shards from layout `source` to layout `target`, over a process group.
+
+    Args:
+        tensors: shards in the source layout; all travel in one exchange.
+        cu_seqlens: document boundaries for the layouts that cut each document.
+        total: tokens of the whole sequence.
+        source, target: names in `layout.LAYOUTS`.
+        group: name of the process group.
+    """
+    transport = transport_of(group)
+    cu = content(cu_seqlens)
+    before, after = (layout_of(name, total, transport.world_size, cu) for name in (source, target))
+    (rank,) = transport.ranks
+    for x in tensors:
+        if x.shape[1] != before.counts[rank]:
+            raise ValueError(
+                f"rank {rank} passed {x.shape[1]} tokens; layout {source!r} of {total} tokens gives it {before.counts[rank]}"
+            )
+    (moved,) = transport.run([_relayout(before, after, rank, tensors)])
+    return moved
+
+
+@relayout.register_fake
+def _(tensors: Sequence[Tensor], cu_seqlens: Tensor | None, total: int, source: str, target: str, group: str) -> list[Tensor]:
+    transport = transport_of(group)
+    (rank,) = transport.ranks
+    rows = layout_of(target, total, transport.world_size, content(cu_seqlens)).counts[rank]
+    return [x.new_empty((x.shape[0], int(rows), *x.shape[2:])) for x in tensors]
+
+
+def _save_relayout(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, ctx.cu_seqlens, ctx.total, ctx.source, ctx.target, ctx.group = inputs
+    ctx.like = [(x.shape, x.dtype, x.device) for x in output]
+
+
+def _undo_relayout(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    like = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
+    back = relayout(
+        [zero if g is None else g for g, zero in zip(grads, like, strict=True)],
+        ctx.cu_seqlens,
+        ctx.total,
+        ctx.target,
+        ctx.source,
+        ctx.group,
+    )
+    return back, None, None, None, None, None
+
+
+relayout.register_autograd(_undo_relayout, setup_context=_save_relayout)
+
+
+def _gather(layout: Layout, rank: int, x: Tensor) -> Walk:
+    """One rank's walk that gets every rank's rows of ``[B, L, ...]`` and puts them in natural order."""
+    others = [p for p in range(layout.world_size) if p != rank]
+    parts = [x if p == rank else x.new_empty((x.shape[0], int(layout.counts[p]), *x.shape[2:])) for p in range(layout.world_size)]
+    own = x.contiguous()
+    wait = yield Exchange(
+        [(p, own) for p in others if own.numel()],
+        [(p, parts[p]) for p in others if parts[p].numel()],
+    )
+    wait()
+    order = np.concatenate([layout.positions(p) for p in range(layout.world_size)])
+    return torch.cat(parts, dim=1).index_select(1, torch.from_numpy(np.argsort(order)).to(x.device))
+
+
+_GATHER = "(Tensor x, Tensor? cu_seqlens, int total, str layout, str group) -> Tensor"
+
+
+@torch.library.custom_op("nnscaler_ring::gather", mutates_args=(), schema=_GATHER)
+def gather(x: Tensor, cu_seqlens: Tensor | None, total: int, layout: str, group: str) -> Tensor:
+    """The whole ``[B, total, ...]`` in natural order on every rank, from each rank's rows ``[B, L, ...]``.
+
+    The gradient of a rank's rows is that of the same rows in its own whole tensor: every rank is taken to do the same with it, as
+    ``DTensor.full_tensor`` takes it.
+    """
+    transport = transport_of(group)
+    held = layout_of(layout, total, transport.world_size, content(cu_seqlens))
+    (rank,) = transport.ranks
+    if x.shape[1] != held.counts[rank]:
+        raise ValueError(f"rank {rank} passed {x.shape[1]} tokens; layout {layout!r} of {total} gives it {held.counts[rank]}")
+    (whole,) = transport.run([_gather(held, rank, x)])
+    return whole
+
+
+@gather.register_fake
+def _(x: Tensor, cu_seqlens: Tensor | None, total: int, layout: str, group: str) -> Tensor:
+    return x.new_empty((x.shape[0], total, *x.shape[2:]))
+
+
+def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.cu_seqlens, ctx.total, ctx.layout, ctx.group = inputs
+
+
+def _own_rows(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    transport = transport_of(ctx.group)
+    held = layout_of(ctx.layout, ctx.total, transport.world_size, content(ctx.cu_seqlens))
+    rows = torch.from_numpy(held.positions(transport.ranks[0])).to(grad.device)
+    return grad.index_select(1, rows), None, None, None, None
+
+
+gather.register_autograd(_own_rows, setup_context=_save_gather)

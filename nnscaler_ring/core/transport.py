@@ -1,0 +1,245 @@
+"""Two verbs: start an exchange of tensors between ranks, and wait for what it brings.
+
+A *walk* is a generator that yields an `Exchange` whenever rows must travel and gets back a function to wait with. A
+`ProcessTransport` drives the one walk of this process over a process group; the `LocalTransport` drives the walks of all ranks of
+a world in lockstep inside one process, so that any world size is tested, and timed, without processes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """Tensors to send to peers and buffers to fill from them, as ``(rank in the group, tensor)``; both contiguous."""
+
+    send: Sequence[tuple[int, Tensor]]
+    receive: Sequence[tuple[int, Tensor]]
+
+
+Wait = Callable[[], None]
+Walk = Generator[Exchange, Wait, Any]
+
+
+class Transport(ABC):
+    """Where walks run. `world_size` ranks; `ranks` are those whose walks this process drives."""
+
+    world_size: int
+    ranks: Sequence[int]
+
+    @abstractmethod
+    def run(self, walks: Sequence[Walk]) -> list[Any]:
+        """Drive one walk for each of `ranks` to its end and return what they return."""
+
+
+class LocalTransport(Transport):
+    """All ranks of a world in this process. Counts what each rank sends.
+
+    Args:
+        world_size: number of ranks.
+
+    Example:
+        >>> transport = LocalTransport(2)
+        >>> def swap(rank):
+        ...     got = torch.empty(1)
+        ...     wait = yield Exchange([(1 - rank, torch.tensor([float(rank)]))], [(1 - rank, got)])
+        ...     wait()
+        ...     return got.item()
+        >>> transport.run([swap(0), swap(1)]), transport.bytes_sent
+        ([1.0, 0.0], [4, 4])
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.ranks = range(world_size)
+        self.bytes_sent = [0] * world_size
+
+    def run(self, walks: Sequence[Walk]) -> list[Any]:
+        results: list[Any] = [None] * len(walks)
+        replies: list[Wait | None] = [None] * len(walks)
+        while True:
+            exchanges: list[Exchange] = []
+            for rank, walk in enumerate(walks):
+                try:
+                    exchanges.append(walk.send(replies[rank]))  # type: ignore[arg-type]
+                except StopIteration as end:
+                    results[rank] = end.value
+            if not exchanges:
+                return results
+            assert len(exchanges) == len(walks), "all ranks of a world yield the same number of exchanges"
+            self._deliver(exchanges)
+            replies = [_nothing] * len(walks)
+
+    def _deliver(self, exchanges: Sequence[Exchange]) -> None:
+        mail: dict[tuple[int, int], list[Tensor]] = {}
+        for rank, exchange in enumerate(exchanges):
+            for peer, tensor in exchange.send:
+                mail.setdefault((rank, peer), []).append(tensor)
+                self.bytes_sent[rank] += tensor.numel() * tensor.element_size()
+        for rank, exchange in enumerate(exchanges):
+            for peer, buffer in exchange.receive:
+                tensor = mail[peer, rank].pop(0)
+                assert tensor.shape == buffer.shape and tensor.dtype == buffer.dtype, "sender and receiver agree"
+                buffer.copy_(tensor)
+        assert not any(mail.values()), "every tensor sent is received"
+
+
+def _nothing() -> None:
+    return None
+
+
+class ProcessTransport(Transport):
+    """This process' rank of a process group, by non-blocking point-to-point messages in the order of the plan."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.world_size = group.size()
+        self.ranks = (group.rank(),)
+        self._peers = [dist.get_global_rank(group, rank) for rank in range(self.world_size)]
+        self._met = set[str]()
+
+    def start(self, exchange: Exchange) -> Wait:
+        """Start sending and receiving; the returned function waits until this process may read what arrived."""
+        self._meet(exchange)
+        ops = [dist.P2POp(dist.isend, tensor, self._peers[peer], self.group) for peer, tensor in exchange.send]
+        ops += [dist.P2POp(dist.irecv, tensor, self._peers[peer], self.group) for peer, tensor in exchange.receive]
+        works = dist.batch_isend_irecv(ops) if ops else []
+
+        def wait() -> None:
+            for work in works:
+                work.wait()
+
+        return wait
+
+    def _meet(self, exchange: Exchange) -> None:
+        """One collective of the whole group on each device type before the first message on it.
+
+        NCCL and oneCCL set up their communicator with every rank of the group, and hang where only some take part.
+        """
+        devices = {tensor.device for _, tensor in (*exchange.send, *exchange.receive)} or {current_device(self.group)}
+        for device in devices:
+            if device.type != "cpu" and device.type not in self._met:
+                self._met.add(device.type)
+                dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+
+    def run(self, walks: Sequence[Walk]) -> list[Any]:
+        (walk,) = walks
+        reply: Wait | None = None
+        while True:
+            try:
+                exchange = walk.send(reply)  # type: ignore[arg-type]
+            except StopIteration as end:
+                return [end.value]
+            reply = self.start(exchange)
+
+
+def current_device(group: dist.ProcessGroup) -> torch.device:
+    """The device that a group's messages live on: this process' accelerator, or the CPU for gloo and mpi."""
+    if torch.device("cpu") in group._device_types:
+        return torch.device("cpu")
+    kind = group._device_types[0].type
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def resolve_group(name: str) -> dist.ProcessGroup:
+    """The process group of a name, as torch's functional collectives find it."""
+    group: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    return group
+
+
+@lru_cache(maxsize=256)
+def transport_of(group: str) -> Transport:
+    """The transport of a group's name: ``local:N`` for N ranks in this process, else the name of a process group."""
+    if group.startswith("local:"):
+        return LocalTransport(int(group.removeprefix("local:")))
+    return ProcessTransport(resolve_group(group))
+
+
+class RingComm:
+    """Neighbour exchange on a ring, for people who write a variant: queue sends and receives, `commit`, `wait`.
+
+    Args:
+        process_group: the ring; each rank sends to the next higher rank and receives from the next lower. None: the default group.
+
+    Raises:
+        RuntimeError: `commit` twice without `wait`, or `wait` without `commit`.
+
+    Example:
+        >>> dist.is_initialized()
+        False
+        >>> # comm = RingComm(None); k1, v1 = comm.send_recv_kv(k, v); compute(k, v); comm.wait(); k, v = k1, v1
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        group = process_group if process_group is not None else dist.group.WORLD
+        if group is None:
+            raise RuntimeError("RingComm needs a process group: call torch.distributed.init_process_group first")
+        self._transport = ProcessTransport(group)
+        self.rank, self.world_size = group.rank(), group.size()
+        self._send: list[tuple[int, Tensor]] = []
+        self._receive: list[tuple[int, Tensor]] = []
+        self._wait: Wait | None = None
+
+    def send_recv(self, to_send: Tensor, recv_tensor: Tensor | None = None) -> Tensor:
+        """Queue `to_send` for the next rank; returns the buffer (`recv_tensor`, or a new one) that the previous rank will fill."""
+        buffer = torch.empty_like(to_send, memory_format=torch.contiguous_format) if recv_tensor is None else recv_tensor
+        self._send.append(((self.rank + 1) % self.world_size, to_send.contiguous()))
+        self._receive.append(((self.rank - 1) % self.world_size, buffer))
+        return buffer
+
+    def send_recv_kv(
+        self, k: Tensor, v: Tensor, k_buffer: Tensor | None = None, v_buffer: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Queue k and v, and commit; returns the buffers that hold the previous rank's k and v after `wait`."""
+        buffers = self.send_recv(k, k_buffer), self.send_recv(v, v_buffer)
+        self.commit()
+        return buffers
+
+    def commit(self) -> None:
+        """Start what is queued."""
+        if self._wait is not None:
+            raise RuntimeError("commit called twice: wait for the exchange under way first")
+        if self.world_size == 1:  # a rank's message to itself is a copy
+            for (_, tensor), (_, buffer) in zip(self._send, self._receive, strict=True):
+                buffer.copy_(tensor)
+            self._wait = _nothing
+        else:
+            self._wait = self._transport.start(Exchange(self._send, self._receive))
+
+    def wait(self) -> None:
+        """Wait for what was committed."""
+        if self._wait is None:
+            raise RuntimeError("wait called before commit")
+        self._wait()
+        self._wait, self._send, self._receive = None, [], []
+
+
+class AllGatherComm:
+    """Asynchronous all-gathers, for people who write a variant.
+
+    Args:
+        group: the process group; None: the default group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self._works: list[dist.Work] = []
+
+    def all_gather(self, output: Tensor, input: Tensor) -> None:
+        """Start gathering every rank's `input` ``[n, ...]`` into `output` ``[world_size * n, ...]``, rank after rank."""
+        self._works.append(dist.all_gather_into_tensor(output, input.contiguous(), group=self.group, async_op=True))
+
+    def wait(self) -> None:
+        """Wait for every gather started."""
+        for work in self._works:
+            work.wait()
+        self._works = []

@@ -1,0 +1,51 @@
+"""Options and fixtures of all tests: the device they run on, and real processes to run on."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from tests.distributed import BACKENDS, RankPool, missing_device
+
+# No deadline: the first example of a test pays for what torch sets up lazily.
+hypothesis.settings.register_profile("nnscaler_ring", deadline=None)
+hypothesis.settings.load_profile("nnscaler_ring")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=list(BACKENDS), default="cpu", help="device type of the tests (default: cpu)")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and (missing := missing_device("cuda")):
+        pytest.skip(f"needs {missing}")
+    if item.get_closest_marker("nnscaler") and importlib.util.find_spec("nnscaler") is None:
+        pytest.skip("needs nnscaler")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device chosen by ``--device``."""
+    name = request.config.getoption("--device")
+    if missing := missing_device(name):
+        pytest.skip(f"needs {missing}")
+    return torch.device(name)
+
+
+@pytest.fixture(scope="session")
+def ranks(request: pytest.FixtureRequest) -> Iterator[Callable[[int], RankPool]]:
+    """``ranks(world_size)``: a pool of processes on the chosen device, kept for the session."""
+    pools: dict[int, RankPool] = {}
+
+    def pool(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size, request.config.getoption("--device"))
+        return pools[world_size]
+
+    yield pool
+    for each in pools.values():
+        each.close()
