@@ -1,0 +1,55 @@
+"""Time to plan one rank's work, nothing cached, for a row of a million tokens in a thousand documents."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+
+from benchmarks.report import markdown
+from nnscaler_ring.core import layout, mask
+from nnscaler_ring.core import plan as planner
+
+TOKENS, DOCUMENTS, RANKS = 1 << 20, 1000, 64
+
+
+def documents() -> np.ndarray:
+    """Boundaries of log-normal document lengths that fill the row."""
+    lengths = np.random.default_rng(0).lognormal(0.0, 1.0, DOCUMENTS)
+    bounds = np.round(np.cumsum(lengths) / lengths.sum() * TOKENS).astype(np.int64)
+    return np.concatenate([[0], bounds])
+
+
+def table(repeats: int) -> str:
+    """Plan every case `repeats` times and return the table of medians."""
+    cu = documents()
+    masks = {"causal": mask.build(TOKENS, causal=True), "window 1,024": mask.build(TOKENS, causal=True, window=(1024, 0))}
+    masks[f"{DOCUMENTS:,} documents"] = mask.build(TOKENS, causal=True, cu_seqlens_q=cu)
+    rows = []
+    for about, seen in masks.items():
+        for name in ("contiguous", "zigzag", "stripe", "zigzag-per-document"):
+            if name == "zigzag-per-document" and "documents" not in about:
+                continue
+            held = layout.build(name, TOKENS, RANKS, cu)
+            for transport in ("ring", "all_gather", "halo"):
+                if name == "zigzag-per-document" and transport == "ring":
+                    continue  # a plan of the whole world's messages; measured when it is built for that
+                done = planner.plan(seen, held, held, transport, RANKS // 2)
+                spent = median(_cold(lambda: planner.plan(seen, held, held, transport, RANKS // 2), repeats))  # noqa: B023
+                rows.append((about, name, transport, done.num_calls, f"{done.rows_sent:,}", f"{spent * 1e3:.1f}"))
+    header = ("mask", "layout", "transport", "calls", "rows sent", "ms")
+    about = f"{TOKENS:,} tokens, {RANKS} ranks, the plan of rank {RANKS // 2}, caches empty."
+    return f"## Planning time\n\n{about}\n\n{markdown(header, rows)}"
+
+
+def _cold(run: Callable[[], object], repeats: int) -> list[float]:
+    spent = []
+    for _ in range(repeats):
+        for cached in (planner.plan, planner.choose, planner._route):
+            cached.cache_clear()
+        start = time.perf_counter()
+        run()
+        spent.append(time.perf_counter() - start)
+    return spent
