@@ -42,6 +42,7 @@ from .ops import (
     wrap_stripe_attn_func,
     wrap_zigzag_attn_func,
 )
+from .plugin import summed_cross_entropy  # registers the ops where nnscaler is installed
 
 __version__ = "0.1.0.dev0"
 
@@ -69,6 +70,7 @@ __all__ = [
     "stripe_flash_attn_func",
     "stripe_flash_attn_kvpacked_func",
     "stripe_flash_attn_qkvpacked_func",
+    "summed_cross_entropy",
     "wrap_ring_attn_func",
     "wrap_ring_attn_varlen_func",
     "wrap_sliding_window_attn_func",

@@ -51,6 +51,8 @@ class ContextParallel:
                 raise ValueError(
                     f"ContextParallel takes a mesh of one dim, got {group_or_mesh}: pass mesh['name'] of the axis meant"
                 )
+            if group_or_mesh.get_coordinate() is None:
+                raise ValueError(f"this process is not in the mesh given, {group_or_mesh}: call on its ranks only")
             group_or_mesh = group_or_mesh.get_group()
         self._recipe = Recipe(group=group_name(group_or_mesh), layout=layout, transport=transport, kernel=kernel)
         check_names(self._recipe)
@@ -102,7 +104,9 @@ class ContextParallel:
             seq_len: `S`, where ranks hold different numbers of tokens; ``world_size * L`` where None.
         """
         seq_len = self._total(x.shape[dim], cu_seqlens, seq_len)
-        self._layout(seq_len, cu_seqlens)
+        held = int(self._layout(seq_len, cu_seqlens).counts[self.rank])
+        if x.shape[dim] != held:
+            raise ValueError(f"dim {dim} of x has {x.shape[dim]} tokens; rank {self.rank} holds {held} of {seq_len}")
         if self.world_size == 1:
             return x
         rows = x.movedim(dim, 0).unsqueeze(0)
@@ -144,7 +148,9 @@ class ContextParallel:
             ValueError, NotImplementedError: see `core.call.attend`.
         """
         rows = Rows(seq_len=options.pop("seq_len", None), cu_seqlens_q=cu_seqlens, slices=mask if isinstance(mask, Mask) else None)
-        if isinstance(mask, Mask) and (cu_seqlens is not None or {"window_size", "sinks", "prefix"} & options.keys()):
+        per_document = self._recipe.layout.endswith("per-document")  # where the layout, not the mask, needs the documents
+        documents = cu_seqlens is not None and not per_document
+        if isinstance(mask, Mask) and (documents or {"window_size", "sinks", "prefix"} & options.keys()):
             raise ValueError("a Mask says everything: leave out cu_seqlens, window_size, sinks and prefix")
         if not isinstance(mask, Mask) and mask not in ("causal", "full"):
             raise ValueError(f"mask={mask!r}: give 'causal', 'full' or a Mask")

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .core.call import Options, Result, Rows, attend, check_documents, group_name
-from .core.mask import NO_LIMIT, Mask, check_window
+from .core.call import Options, Result, Rows, attend, check_documents, check_qkv, group_name, host_table
+from .core.mask import NO_LIMIT, Mask, check_cu_seqlens, check_window
 from .core.recipe import Recipe
 from .core.transport import resolve_group, transport_of
 from .fronts import fixed, packed
@@ -129,6 +129,7 @@ def ring_flash_attn_varlen_func(
         deterministic=deterministic,
         return_attn_probs=return_attn_probs,
     )
+    check_qkv(q, k, v)
     documents = check_documents(cu_seqlens, max_seqlen, q.shape[0]) * _world_size(group)
     return attend(q, k, v, recipe, options, Rows(cu_seqlens_q=torch.from_numpy(documents)))
 
@@ -156,7 +157,8 @@ def llama3_flash_attn_prepare_cu_seqlens(
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} is not below world_size={world_size}")
-    cu = check_documents(cu_seqlens, int(cu_seqlens[-1]), int(cu_seqlens[-1]))
+    table = host_table("cu_seqlens", cu_seqlens)
+    cu = check_cu_seqlens("cu_seqlens", np.zeros(0) if table is None else table.numpy(), None)
     if cu[-1] % world_size:
         raise ValueError(f"the row's {cu[-1]} tokens do not divide by world_size={world_size}: pad its last document")
     start, stop = (int(cu[-1]) // world_size * n for n in (rank, rank + 1))
@@ -213,6 +215,7 @@ def llama3_flash_attn_varlen_func(
         >>> llama3_flash_attn_varlen_func(q, k, v, *row[:4], 1, row[4], causal=True).shape
         torch.Size([8, 4, 8])
     """
+    check_qkv(q, k, v)
     if heads_k_stride < 1 or k.shape[-2] % heads_k_stride:
         raise ValueError(f"heads_k_stride={heads_k_stride} must divide the {k.shape[-2]} key heads")
     recipe = Recipe(group=group_name(group), transport="broadcast", kernel=kernel, heads_stride=heads_k_stride)
@@ -227,8 +230,8 @@ def llama3_flash_attn_varlen_func(
     )
     transport = transport_of(recipe.group)
     tokens = q.shape[0] * transport.world_size
-    if not 0 <= local_k_slice.start <= local_k_slice.stop <= tokens:
-        raise ValueError(f"local_k_slice={local_k_slice} leaves the row's {tokens} tokens")
+    if local_k_slice.step not in (None, 1) or not 0 <= local_k_slice.start <= local_k_slice.stop <= tokens:
+        raise ValueError(f"local_k_slice={local_k_slice}: give slice(start, stop) within the row's {tokens} tokens")
     q_ends = check_documents(cu_seqlens_q, max_seqlen_q, q.shape[0]) + transport.ranks[0] * q.shape[0]
     k_ends = check_documents(cu_seqlens_k, max_seqlen_k, local_k_slice.stop - local_k_slice.start) + local_k_slice.start
     if len(q_ends) != len(k_ends):

@@ -9,90 +9,183 @@ Legend: `B` batch, `S` tokens of the sequence, `T` packed tokens, `Hq`/`Hk` quer
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .annotations import dtensor
+from .annotations import dtensor, nnscaler
 from .annotations.spec import SPECS, OpSpec
 from .core.call import Group, Options, Result, Rows, attend, check, check_qkv, group_name
+from .core.mask import check_window
 from .core.recipe import Recipe
 from .core.relayout import relayout
 from .fronts import fixed
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Call:
-    """One call of an op: its spec and everything but q, k and v."""
+class Settings:
+    """What a call says besides its tensors, in numbers and strings: one string where a compiler writes it into code."""
 
-    spec: OpSpec
-    options: Options
-    process_group: Group = None
+    softmax_scale: float | None = None
+    dropout_p: float = 0.0
+    causal: bool = True
+    window_size: tuple[int, int] = (-1, -1)
+    sinks: int = 0
+    deterministic: bool = False
+    return_attn_probs: bool = False
     layout: str = "contiguous"
     transport: str = "auto"
     kernel: str = "auto"
     seq_len: int | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
+    seq_len_k: int | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Result:
+    def __str__(self) -> str:
+        return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def parse(text: str) -> Settings:
+        given = json.loads(text)
+        return Settings(**{**given, "window_size": tuple(given.get("window_size", (-1, -1)))})
+
+    @property
+    def options(self) -> Options:
+        """The part that the engine's edge checks."""
+        names = {f.name for f in fields(Options)} & {f.name for f in fields(self)}
+        return Options(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One call of an op: everything but q, k and v."""
+
+    spec: OpSpec
+    settings: Settings
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, process_group: Group, ring_size: int) -> tuple[Tensor, Tensor]:
+        """out and lse, on DTensors or on this rank's shard."""
+        on_mesh = any(isinstance(x, DTensor) for x in (q, k, v))
+        if on_mesh:
+            dtensor.check_all(self.spec, q, k, v)
         check_qkv(q, k, v)
         if q.dim() != len(self.spec.inputs["q"]):
             raise ValueError(f"{self.spec.name}: q has shape {tuple(q.shape)}, the op takes dims {self.spec.inputs['q']}")
-        if self.layout not in ("contiguous", self.spec.layout):
+        if self.settings.layout not in ("contiguous", self.spec.layout):
             allowed = " or ".join(dict.fromkeys(("'contiguous' (natural order)", repr(self.spec.layout))))
-            raise ValueError(f"{self.spec.name}: tokens in layout {self.layout!r}; give {allowed}")
-        if any(isinstance(x, DTensor) for x in (q, k, v)):
-            return self._on_dtensors(q, k, v)
-        name = "local:1" if self.process_group is None else group_name(self.process_group)
-        out, lse = self._on_group((q, k, v), name, self.seq_len)
-        return (out, lse, None) if self.options.return_attn_probs else out
-
-    def _on_dtensors(self, q: Tensor, k: Tensor, v: Tensor) -> Result:
-        if self.process_group is not None:
+            raise ValueError(f"{self.spec.name}: tokens in layout {self.settings.layout!r}; give {allowed}")
+        if not on_mesh:
+            if nnscaler.tracing():
+                return nnscaler.stand_in(self.spec, q, k, v)
+            name = nnscaler.pretended(ring_size) if process_group is None else group_name(process_group)
+            return self._on_group((q, k, v), name, (self.settings.seq_len, self.settings.seq_len_k))
+        given = {"process_group": process_group, "seq_len": self.settings.seq_len, "seq_len_k": self.settings.seq_len_k}
+        if any(value is not None for value in given.values()):
             raise ValueError(
-                f"{self.spec.name}: the mesh of the DTensors says which ranks share the sequence; leave process_group out"
+                f"{self.spec.name}: the DTensors and their mesh say who shares how long a sequence; leave out {', '.join(given)}"
             )
         call = replace(self, cu_seqlens_q=dtensor.local(self.cu_seqlens_q), cu_seqlens_k=dtensor.local(self.cu_seqlens_k))
 
-        def on_shards(shards: Sequence[Tensor], ring: dist.ProcessGroup | None, total: int) -> tuple[Tensor, Tensor]:
+        def on_shards(shards: Sequence[Tensor], ring: dist.ProcessGroup | None, total: tuple[int, int]) -> tuple[Tensor, Tensor]:
             return call._on_group(shards, "local:1" if ring is None else group_name(ring), total)
 
-        dtensor.resolve(self.spec, q, k, v)
-        assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
-        out, lse = dtensor.run(self.spec, q, k, v, on_shards)
-        return (out, lse, None) if self.options.return_attn_probs else out
+        return dtensor.run(self.spec, q, k, v, on_shards)
 
-    def _on_group(self, shards: Sequence[Tensor], group: str, total: int | None) -> tuple[Tensor, Tensor]:
+    def _on_group(self, shards: Sequence[Tensor], group: str, lengths: Sequence[int | None]) -> tuple[Tensor, Tensor]:
         """out and lse of this rank's tokens: to the op's own layout, through the engine, and back."""
         q, k, v = shards
-        inner = self.layout if group == "local:1" else self.spec.layout
-        recipe = Recipe(group=group, layout=inner, transport=self.transport, kernel=self.kernel)
-        rows = Rows(seq_len=total, cu_seqlens_q=self.cu_seqlens_q, cu_seqlens_k=self.cu_seqlens_k)
-        options = replace(self.options, return_attn_probs=True)
-        _, (total, _), _ = check(q, k, v, recipe, options, rows)
-        if inner != self.layout:
-            q, k, v = relayout([q, k, v], None, total, self.layout, inner, group)
+        given = self.settings
+        inner = given.layout if group == "local:1" else self.spec.layout
+        recipe = Recipe(group=group, layout=inner, transport=given.transport, kernel=given.kernel)
+        q_len, k_len = lengths
+        rows = Rows(seq_len=q_len, seq_len_k=k_len, cu_seqlens_q=self.cu_seqlens_q, cu_seqlens_k=self.cu_seqlens_k)
+        options = replace(given.options, return_attn_probs=True)
+        _, (total, total_k), _ = check(q, k, v, recipe, options, rows)
+        if inner != given.layout:
+            batches = [([q, k, v], total)] if total == total_k else [([q], total), ([k, v], total_k)]
+            q, k, v = (x for xs, length in batches for x in relayout(xs, None, length, given.layout, inner, group))
         result = attend(q, k, v, recipe, options, rows)
         assert isinstance(result, tuple)
         out, lse, _ = result
-        if inner != self.layout:
-            (out,) = relayout([out], None, total, inner, self.layout, group)
-            if self.options.return_attn_probs:
-                (lse,) = relayout([lse.transpose(1, 2).contiguous()], None, total, inner, self.layout, group)
+        if inner != given.layout:
+            (out,) = relayout([out], None, total, inner, given.layout, group)
+            if given.return_attn_probs:
+                (lse,) = relayout([lse.transpose(1, 2).contiguous()], None, total, inner, given.layout, group)
                 lse = lse.transpose(1, 2).contiguous()
         return out, lse
 
 
+Outputs = Tensor | tuple[Tensor, Tensor]
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None = None,
+    op: str = "wrap_ring_attn_func",
+    settings: str = "{}",
+    process_group: Group = None,
+    ring_size: int = 1,
+) -> Outputs:
+    """The op behind the fronts for rows of one sequence: every tensor in a slot, everything else a string that a compiler keeps.
+
+    Args:
+        q, k, v: ``[B, S, Hq, D]``, ``[B, S, Hk, D]``, ``[B, S, Hk, Dv]``.
+        cu_seqlens: boundaries of packed documents, or None.
+        op: name of the front in `annotations.spec.SPECS`.
+        settings: a `Settings` as a string.
+        process_group: the ranks that share the sequence; None: this process alone.
+        ring_size: without a group, compute what the last rank of so many would, with zeros from the others: what a piece costs.
+
+    Returns:
+        out, or out and lse with ``return_attn_probs``.
+    """
+    call = _Call(spec=SPECS[op], settings=Settings.parse(settings), cu_seqlens_q=cu_seqlens, cu_seqlens_k=None)
+    out, lse = call.run(q, k, v, process_group, ring_size)
+    return (out, lse) if call.settings.return_attn_probs else out
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    op: str = "wrap_ring_attn_varlen_func",
+    settings: str = "{}",
+    process_group: Group = None,
+    ring_size: int = 1,
+) -> Outputs:
+    """`dense_attention` for one packed row: q ``[T, Hq, D]``, k ``[T, Hk, D]``, v ``[T, Hk, Dv]``, and both boundaries."""
+    call = _Call(spec=SPECS[op], settings=Settings.parse(settings), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    out, lse = call.run(q, k, v, process_group, ring_size)
+    return (out, lse) if call.settings.return_attn_probs else out
+
+
 def _run(op: str, given: dict[str, Any]) -> Result:
-    """Run the op with the arguments of its front, as ``locals()`` names them."""
-    options = Options(**{field.name: given[field.name] for field in fields(Options) if field.name in given})
-    places = {field.name: given[field.name] for field in fields(_Call) if field.name in given}
-    return _Call(spec=SPECS[op], options=options, **places)(given["q"], given["k"], given["v"])
+    """Check the plain arguments of a front by their names, and run the op; shapes are not looked at here.
+
+    The fronts write the names out: nnscaler traces through them, and ``locals()`` is not theirs then.
+    """
+    Options(dropout_p=given["dropout_p"], alibi_slopes=given["alibi_slopes"])
+    scale = None if given["softmax_scale"] is None else float(given["softmax_scale"])
+    given = {**given, "softmax_scale": scale, "window_size": check_window(given["window_size"])}
+    settings = Settings(**{f.name: given[f.name] for f in fields(Settings) if f.name in given})
+    choices = {"op": op, "settings": str(settings), "process_group": given["process_group"]}
+    qkv = given["q"], given["k"], given["v"]
+    if "cu_seqlens_q" in given:
+        result = packed_attention(*qkv, given["cu_seqlens_q"], given["cu_seqlens_k"], **choices)
+    else:
+        result = dense_attention(*qkv, given["cu_seqlens"], **choices)
+    return (result[0], result[1], None) if isinstance(result, tuple) else result
 
 
 def _dense_attn(
@@ -126,7 +219,8 @@ def _dense_attn(
         alibi_slopes: must be None; not built yet.
         deterministic: the same bits each time.
         return_attn_probs: return ``(out, softmax_lse, None)``.
-        process_group: for plain tensors, the group (or its global ranks) whose ranks each pass a shard; None: this process alone.
+        process_group: for plain tensors, the group whose ranks each pass a shard, or the global ranks of one that was made;
+            None: this process alone.
         cu_seqlens: int32 boundaries of documents packed in the row ``[0, ..., S]``, the same in every batch row.
         layout: order of the tokens passed: ``contiguous`` for natural order, or the op's own layout.
         transport: ``auto``, ``ring``, ``all_gather`` or ``halo``.
@@ -146,7 +240,13 @@ def _dense_attn(
         >>> _dense_attn(q, k, v).shape
         torch.Size([1, 16, 4, 8])
     """
-    return _run(op, {**locals(), "cu_seqlens_q": cu_seqlens})
+    given = {
+        "q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens, "process_group": process_group, "softmax_scale": softmax_scale,
+        "dropout_p": dropout_p, "causal": causal, "window_size": window_size, "alibi_slopes": alibi_slopes,
+        "deterministic": deterministic, "return_attn_probs": return_attn_probs, "transport": transport, "kernel": kernel,
+        "seq_len": seq_len, "layout": layout,
+    }
+    return _run(op, given)
 
 
 wrap_ring_attn_func = fixed(
@@ -189,6 +289,7 @@ def wrap_ring_attn_varlen_func(
     transport: str = "auto",
     kernel: str = "auto",
     seq_len: int | None = None,
+    seq_len_k: int | None = None,
 ) -> Result:
     """Attention within the documents packed in one row, which is cut in contiguous parts wherever that falls.
 
@@ -197,6 +298,7 @@ def wrap_ring_attn_varlen_func(
         cu_seqlens_q: int32 boundaries of the documents in the whole row, ``[0, ..., T]``.
         cu_seqlens_k: the same for keys; documents are aligned at their last token where the numbers differ.
         bias: must be None; not built yet.
+        seq_len_k: key tokens of the whole row, for plain shards of different lengths; `seq_len` where None.
         dropout_p, softmax_scale, causal, window_size, alibi_slopes, deterministic, return_attn_probs, process_group, transport,
             kernel, seq_len: see `wrap_ring_attn_func`.
 
@@ -215,7 +317,13 @@ def wrap_ring_attn_varlen_func(
     """
     if bias is not None:
         raise NotImplementedError("bias: no kernel here adds one yet; pass bias=None")
-    return _run("wrap_ring_attn_varlen_func", locals())
+    given = {
+        "q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "process_group": process_group,
+        "softmax_scale": softmax_scale, "dropout_p": dropout_p, "causal": causal, "window_size": window_size,
+        "alibi_slopes": alibi_slopes, "deterministic": deterministic, "return_attn_probs": return_attn_probs,
+        "transport": transport, "kernel": kernel, "seq_len": seq_len, "seq_len_k": seq_len_k,
+    }
+    return _run("wrap_ring_attn_varlen_func", given)
 
 
 def wrap_sliding_window_attn_func(
@@ -257,7 +365,13 @@ def wrap_sliding_window_attn_func(
         torch.Size([1, 16, 4, 8])
     """
     window = (window_size, 0 if causal else window_size) if isinstance(window_size, int) else window_size
-    return _run("wrap_sliding_window_attn_func", {**locals(), "window_size": window, "cu_seqlens_q": cu_seqlens})
+    given = {
+        "q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens, "process_group": process_group, "softmax_scale": softmax_scale,
+        "dropout_p": dropout_p, "causal": causal, "window_size": window, "alibi_slopes": alibi_slopes,
+        "deterministic": deterministic, "return_attn_probs": return_attn_probs, "transport": transport, "kernel": kernel,
+        "seq_len": seq_len,
+    }
+    return _run("wrap_sliding_window_attn_func", given)
 
 
 def wrap_streaming_llm_attn_func(
@@ -299,5 +413,10 @@ def wrap_streaming_llm_attn_func(
         >>> wrap_streaming_llm_attn_func(q, k, v, 4).shape
         torch.Size([1, 16, 4, 8])
     """
-    given = {**locals(), "causal": True, "window_size": (window_size, 0), "sinks": num_sinks, "cu_seqlens_q": cu_seqlens}
+    given = {
+        "q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens, "process_group": process_group, "softmax_scale": softmax_scale,
+        "dropout_p": dropout_p, "causal": True, "window_size": (window_size, 0), "alibi_slopes": alibi_slopes,
+        "deterministic": deterministic, "return_attn_probs": return_attn_probs, "transport": transport, "kernel": kernel,
+        "seq_len": seq_len, "sinks": num_sinks,
+    }
     return _run("wrap_streaming_llm_attn_func", given)

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from .spec import OpSpec
 
-Local = Callable[[Sequence[Tensor], dist.ProcessGroup | None, int], tuple[Tensor, Tensor]]
-"""The op on local tensors: ``(q, k, v), the ring's group or None, tokens of the whole sequence`` -> out, lse."""
+Local = Callable[[Sequence[Tensor], dist.ProcessGroup | None, tuple[int, int]], tuple[Tensor, Tensor]]
+"""The op on local tensors: ``(q, k, v), the ring's group or None, query and key tokens of the whole sequence`` -> out, lse."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,13 @@ def _shard(dim: int | None) -> Placement:
     return Shard(dim)
 
 
+def check_all(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """ValueError where only some of q, k and v are DTensors."""
+    if not all(isinstance(x, DTensor) for x in (q, k, v)):
+        kinds = [type(x).__name__ for x in (q, k, v)]
+        raise ValueError(f"{spec.name}: q, k and v must all be DTensors or all plain, got {kinds}")
+
+
 def resolve(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> Cut:
     """How the DTensors q, k and v are cut, or ValueError that lists what is allowed.
 
@@ -58,8 +65,7 @@ def resolve(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> Cut:
         ValueError: plain tensors among DTensors, different meshes, placements that the spec does not allow, the sequence cut by
             two axes, or heads that do not divide by their axis.
     """
-    if not all(isinstance(x, DTensor) for x in (q, k, v)):
-        raise ValueError(f"{spec.name}: q, k and v must all be DTensors or all plain, got {[type(x).__name__ for x in (q, k, v)]}")
+    check_all(spec, q, k, v)
     assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
     if not q.device_mesh == k.device_mesh == v.device_mesh:
         raise ValueError(f"{spec.name}: q, k and v are on different meshes: {q.device_mesh}, {k.device_mesh}, {v.device_mesh}")
@@ -94,18 +100,20 @@ def _name(spec: OpSpec, axis: int, placements: Sequence[Placement], single_key_h
     )
 
 
-def run(spec: OpSpec, q: DTensor, k: DTensor, v: DTensor, op: Local) -> tuple[DTensor, DTensor]:
+def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, op: Local) -> tuple[DTensor, DTensor]:
     """Run an op on DTensors: out and lse with the placements of q.
 
     A key head that every rank of a heads axis shares has a gradient that is a sum over that axis.
     """
     cut = resolve(spec, q, k, v)
+    assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
     locals_ = []
     for name, x in zip("qkv", (q, k, v), strict=True):
         cut_here = zip(cut.placements(spec, name), x.placements, strict=True)
         grads = [Partial() if wanted.is_shard() and not have.is_shard() else have for wanted, have in cut_here]
         locals_.append(x.to_local(grad_placements=grads))
-    out, lse = op(locals_, cut.ring, q.shape[spec.dim("q", "sequence") or 0])
+    total = q.shape[spec.dim("q", "sequence") or 0], k.shape[spec.dim("k", "sequence") or 0]
+    out, lse = op(locals_, cut.ring, total)
     shape = torch.Size((*q.shape[:-1], v.shape[-1]))
     return _wrap(out, cut, spec, "out", shape), _wrap(lse, cut, spec, "lse", _lse_shape(spec, q))
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from .layout import LAYOUTS
 from .mask import Mask, check_cu_seqlens, check_window
 from .plan import check_transport
 from .recipe import Recipe, content, mask_of
+from .transport import member_of
 
 Group = dist.ProcessGroup | Sequence[int] | None
 """A process group, the global ranks of one, or None for the default group (this process alone where there is none)."""
@@ -66,13 +65,15 @@ class Rows:
     """Which tokens the tensors hold: the whole length, and the documents packed in it.
 
     Attributes:
-        seq_len: tokens of the whole sequence; the group's size times the tokens passed where None.
+        seq_len: query tokens of the whole sequence; the group's size times the tokens passed where None.
+        seq_len_k: key tokens of the whole sequence; `seq_len` where None, and like it where that is None too.
         cu_seqlens_q: boundaries of the documents in the whole sequence, ``[0, ..., seq_len]``; one document where None.
         cu_seqlens_k: the same for keys; `cu_seqlens_q` where None.
         slices: a mask of band slices that stands for causal, window and documents.
     """
 
     seq_len: int | None = None
+    seq_len_k: int | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     slices: Mask | None = None
@@ -129,9 +130,9 @@ def check(
         deterministic=options.deterministic,
     )
     shards = 1 if recipe.group.startswith("local:") else engine.transport_of(recipe.group).world_size
-    total = rows.seq_len or shards * q.shape[dim], shards * k.shape[dim]
-    if rows.seq_len is not None and q.shape[dim] == k.shape[dim]:
-        total = rows.seq_len, rows.seq_len
+    given = rows.seq_len, rows.seq_len if rows.seq_len_k is None else rows.seq_len_k
+    total_q, total_k = (shards * x.shape[dim] if n is None else n for n, x in zip(given, (q, k), strict=True))
+    total = total_q, total_k
     cu_q, cu_k = host_table("cu_seqlens_q", rows.cu_seqlens_q), host_table("cu_seqlens_k", rows.cu_seqlens_k)
     slices = None if rows.slices is None else _slices(rows.slices, *total)
     mask_of(recipe, *total, content(cu_q), content(cu_k), content(slices))
@@ -190,16 +191,13 @@ def _slices(mask: Mask, total_q: int, total_k: int) -> Tensor:
 def check_documents(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> np.ndarray:
     """The boundaries of the documents in a shard of `tokens`, or ValueError; `max_seqlen` must not be below the longest."""
     table = host_table("cu_seqlens", cu_seqlens)
-    assert table is not None
+    if table is None:
+        raise ValueError("cu_seqlens must be an int32 tensor, got None")
     cu = check_cu_seqlens("cu_seqlens", table.numpy(), tokens)
     longest = int(np.diff(cu).max(initial=0))
     if max_seqlen < longest:
         raise ValueError(f"max_seqlen={max_seqlen}, but the longest document of cu_seqlens has {longest} tokens")
     return cu
-
-
-_NOT_A_MEMBER: Any = dist.GroupMember.NON_GROUP_MEMBER
-"""What ``torch.distributed.new_group`` returns on a rank outside the group."""
 
 
 def group_name(group: Group) -> str:
@@ -208,31 +206,34 @@ def group_name(group: Group) -> str:
     Raises:
         ValueError: this process is not in the group, or the ranks given are not ranks of the default group.
     """
-    if group is None:
-        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if group is None or not isinstance(group, Sequence):
+        group = member_of(group)
         if group is None:
             return "local:1"
     if not isinstance(group, dist.ProcessGroup):
-        if group is _NOT_A_MEMBER:
-            raise ValueError("this process is not a member of the process_group given: call the op on its members only")
-        if not isinstance(group, Sequence) or isinstance(group, str) or not all(isinstance(rank, int) for rank in group):
+        ranks = isinstance(group, Sequence) and not isinstance(group, str) and all(isinstance(rank, int) for rank in group)
+        if not ranks or not group:
             raise ValueError(f"process_group must be a ProcessGroup, global ranks or None, got {group!r}")
         group = _group_of(tuple(group))
     return "local:1" if group.size() == 1 else group.group_name
 
 
-@lru_cache(maxsize=256)
 def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """A group of these global ranks, made by its members alone, once."""
+    """The first group that was made of these global ranks.
+
+    None is made here: that takes every rank of the world, or torch's own agreement on a name, which fails among ranks that have
+    been in different numbers of groups; either would hang.
+    """
     if not dist.is_initialized():
         raise ValueError(f"process_group={ranks}: call torch.distributed.init_process_group before naming ranks")
     if sorted(set(ranks)) != list(ranks) or ranks[0] < 0 or ranks[-1] >= dist.get_world_size():
         raise ValueError(f"process_group={ranks}: give ascending, different ranks below the world size {dist.get_world_size()}")
     if dist.get_rank() not in ranks:
         raise ValueError(f"process_group={ranks}: this is rank {dist.get_rank()}, which is not in it")
-    world = dist.group.WORLD
-    assert world is not None
-    if len(ranks) == world.size():
-        return world
-    group: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
-    return group
+    for group in dist.distributed_c10d._world.pg_group_ranks:
+        if dist.get_process_group_ranks(group) == list(ranks):
+            return group
+    raise ValueError(
+        f"process_group={ranks}: no group of these ranks has been made; call torch.distributed.new_group({list(ranks)}) on every "
+        "rank of the world first"
+    )

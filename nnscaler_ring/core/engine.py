@@ -335,21 +335,24 @@ def attention(
         out ``[B, Lq, Hq, Dv]`` in q's dtype; lse ``[B, Hq, Lq]``, natural log, fp32 (float64 for float64).
     """
     job = _job(Recipe.parse(recipe), (total_q, total_k), (cu_q, cu_k, slices), scale)
+    _check_rows(job, q, k)
     qs, (ks, vs) = job.shards(q, job.q_layout), (job.shards(x, job.k_layout) for x in (k, v))
-    _check_rows(job, qs, ks)
     results = job.transport.run([_forward(job, *rank) for rank in zip(job.plans, qs, ks, vs, strict=True)])
     out, lse = zip(*results, strict=True)
     return job.whole(out, job.q_layout), job.whole(lse, job.q_layout, dim=2)
 
 
-def _check_rows(job: _Job, qs: Sequence[Tensor], ks: Sequence[Tensor]) -> None:
-    for mine, q, k in zip(job.plans, qs, ks, strict=True):
-        if (q.shape[1], k.shape[1]) != (mine.q_rows, mine.k_rows):
-            raise ValueError(
-                f"rank {mine.rank} of {mine.world_size} passed {q.shape[1]} query and {k.shape[1]} key tokens; layout "
-                f"{job.recipe.layout!r} of {job.q_layout.length} tokens gives it {mine.q_rows} and {mine.k_rows}: "
-                "pass the shard that the layout gives, and the whole length where ranks hold different numbers"
-            )
+def _check_rows(job: _Job, q: Tensor, k: Tensor) -> None:
+    """ValueError unless q and k are this rank's shards, or the whole sequence where all ranks are in this process."""
+    mine, world = job.plans[0], job.transport.world_size
+    whole = job.q_layout.length, job.k_layout.length
+    wanted = whole if job.local else (mine.q_rows, mine.k_rows)
+    if (q.shape[1], k.shape[1]) != wanted:
+        raise ValueError(
+            f"rank {mine.rank} of {world} passed {q.shape[1]} query and {k.shape[1]} key tokens; layout {job.recipe.layout!r} of "
+            f"{whole[0]} and {whole[1]} tokens gives it {wanted[0]} and {wanted[1]}: pass the shard that the layout gives, and the "
+            "whole length where ranks hold different numbers"
+        )
 
 
 @attention.register_fake

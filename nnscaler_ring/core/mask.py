@@ -19,6 +19,7 @@ The algebra of all variants is in these six numbers, so the plan never asks whic
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -204,17 +205,19 @@ def build(
 
 def check_window(window: Sequence[int]) -> tuple[int, int]:
     """``(left, right)`` as two ints, each >= -1, or ValueError."""
-    if len(window) != 2 or any(int(side) != side or side < -1 for side in window):
-        raise ValueError(f"window_size={tuple(window)}: give (left, right) in tokens, each >= 0, or -1 for no limit")
-    return int(window[0]), int(window[1])
+    sides = tuple(window) if isinstance(window, Sequence) else ()
+    if len(sides) != 2 or not all(isinstance(side, Integral) and side >= -1 for side in sides):
+        raise ValueError(f"window_size={window}: give (left, right) in tokens, each >= 0, or -1 for no limit")
+    return int(sides[0]), int(sides[1])
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-    """Document boundaries as an int64 array, or ValueError where they are not ``0 < ... < length``."""
+def check_cu_seqlens(name: str, cu_seqlens: Sequence[int] | np.ndarray, length: int | None) -> np.ndarray:
+    """Document boundaries as an int64 array, or ValueError where they are not ``0 <= ... <= length`` (any end for None)."""
     cu = np.asarray(cu_seqlens)
     if cu.ndim != 1 or cu.size < 1 or cu.dtype.kind not in "iu":
         raise ValueError(f"{name} must be a 1-D integer tensor, got shape {cu.shape} of {cu.dtype}")
     cu = cu.astype(np.int64)
+    length = int(cu[-1]) if length is None else length
     if cu[0] != 0 or cu[-1] != length:
         raise ValueError(f"{name} runs from {cu[0]} to {cu[-1]}: it must start at 0 and end at the {length} tokens given")
     if (np.diff(cu) < 0).any():

@@ -104,7 +104,7 @@ class ProcessTransport(Transport):
         self.group = group
         self.world_size = group.size()
         self.ranks = (group.rank(),)
-        self._peers = [dist.get_global_rank(group, rank) for rank in range(self.world_size)]
+        self._peers = dist.get_process_group_ranks(group)
         self._met = set[str]()
 
     def start(self, exchange: Exchange) -> Wait:
@@ -142,6 +142,29 @@ class ProcessTransport(Transport):
             reply = self.start(exchange)
 
 
+class PretendTransport(Transport):
+    """One rank of a world whose others are not there: it does its own work, sends nothing, and zeros arrive.
+
+    For measuring what one rank's share costs; the results are not those of attention.
+    """
+
+    def __init__(self, world_size: int, rank: int) -> None:
+        self.world_size = world_size
+        self.ranks = (rank,)
+
+    def run(self, walks: Sequence[Walk]) -> list[Any]:
+        (walk,) = walks
+        reply: Wait | None = None
+        while True:
+            try:
+                exchange = walk.send(reply)  # type: ignore[arg-type]
+            except StopIteration as end:
+                return [end.value]
+            for _, buffer in exchange.receive:
+                buffer.zero_()
+            reply = _nothing
+
+
 def current_device(group: dist.ProcessGroup) -> torch.device:
     """The device that a group's messages live on: this process' accelerator, or the CPU for gloo and mpi."""
     if torch.device("cpu") in group._device_types:
@@ -150,18 +173,44 @@ def current_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
+_NOT_A_MEMBER: Any = dist.GroupMember.NON_GROUP_MEMBER
+"""What ``torch.distributed.new_group`` returns on a rank outside the group."""
+
+
+def member_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group, or the default group for None (None where there is none).
+
+    Raises:
+        ValueError: this process is not in the group.
+    """
+    if group is _NOT_A_MEMBER:
+        raise ValueError("this process is not a member of the process group given: call on its members only")
+    if group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    return group
+
+
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group of a name, as torch's functional collectives find it."""
     group: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     return group
 
 
-@lru_cache(maxsize=256)
 def transport_of(group: str) -> Transport:
-    """The transport of a group's name: ``local:N`` for N ranks in this process, else the name of a process group."""
+    """The transport of a group's name.
+
+    ``local:N`` for N ranks in this process, ``pretend:N:R`` for rank R of N without the others, else the name of a process group.
+    """
     if group.startswith("local:"):
-        return LocalTransport(int(group.removeprefix("local:")))
-    return ProcessTransport(resolve_group(group))
+        return _local(int(group.removeprefix("local:")))
+    if group.startswith("pretend:"):
+        return _pretend(*map(int, group.split(":")[1:]))
+    return _of_processes(resolve_group(group))  # a name may come back with another group behind it
+
+
+_local = lru_cache(maxsize=64)(LocalTransport)
+_pretend = lru_cache(maxsize=64)(PretendTransport)
+_of_processes = lru_cache(maxsize=64)(ProcessTransport)
 
 
 class RingComm:
@@ -180,7 +229,7 @@ class RingComm:
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        group = process_group if process_group is not None else dist.group.WORLD
+        group = member_of(process_group)
         if group is None:
             raise RuntimeError("RingComm needs a process group: call torch.distributed.init_process_group first")
         self._transport = ProcessTransport(group)
@@ -223,6 +272,9 @@ class RingComm:
         self._wait, self._send, self._receive = None, [], []
 
 
+_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name, torch 2.13
+
+
 class AllGatherComm:
     """Asynchronous all-gathers, for people who write a variant.
 
@@ -231,12 +283,12 @@ class AllGatherComm:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
+        self.group = member_of(group)
         self._works: list[dist.Work] = []
 
     def all_gather(self, output: Tensor, input: Tensor) -> None:
         """Start gathering every rank's `input` ``[n, ...]`` into `output` ``[world_size * n, ...]``, rank after rank."""
-        self._works.append(dist.all_gather_into_tensor(output, input.contiguous(), group=self.group, async_op=True))
+        self._works.append(_all_gather(output, input.contiguous(), group=self.group, async_op=True))
 
     def wait(self) -> None:
         """Wait for every gather started."""

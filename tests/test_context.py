@@ -1,0 +1,245 @@
+"""`ContextParallel`: shard, attention, unshard and positions, for every layout, on real processes and on one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nnscaler_ring import ContextParallel, Mask
+from nnscaler_ring.core.layout import LAYOUTS
+from nnscaler_ring.core.mask import NO_LIMIT
+from tests.worlds import Seen, Shape, check_call, held, naming, no_communication, no_faults, place, refusal, told, whole
+
+DOCUMENTS = (0, 7, 8, 8, 24)
+LSE = {"return_attn_probs": True}
+
+
+def table(cu: tuple[int, ...] | None) -> Tensor | None:
+    return None if cu is None else torch.tensor(cu, dtype=torch.int32)
+
+
+def per_document(layout: str) -> bool:
+    return layout.endswith("per-document")
+
+
+# -- there and back --------------------------------------------------------------------------------------------------------------
+
+
+def there_and_back(rank: int, world_size: int) -> None:
+    device, dtype = place()
+    for layout in LAYOUTS:
+        cp = ContextParallel(dist.group.WORLD if dist.is_initialized() else None, layout=layout)
+        assert (cp.rank, cp.world_size) == (rank, world_size) and layout in repr(cp)
+        for seq in (8 * world_size, 8 * world_size - 1, 8 * world_size + 1, world_size - 1):
+            cu = (0, seq // 3, seq // 3, seq) if per_document(layout) else None
+            given = {"cu_seqlens": table(cu)}
+            positions = held(layout, seq, world_size, rank, cu)
+            in_document = positions if cu is None else positions - torch.tensor([0, seq // 3])[(positions >= seq // 3).long()]
+            assert torch.equal(cp.position_ids(seq, **given), in_document), (layout, seq)
+            assert cp.position_ids(seq, **given).dtype == torch.int64
+            assert cp.position_ids(seq, **given, device=device).device == device
+            for dim in (0, 1, 2, -1, -2):
+                x = torch.arange(seq, device=device, dtype=dtype)
+                sizes = [2, 3, 4]
+                sizes[dim] = seq
+                x = x.reshape([seq if n == dim % 3 else 1 for n in range(3)]).expand(sizes).clone().requires_grad_()
+                shard = cp.shard(x, dim, **given)
+                assert torch.equal(shard, x.index_select(dim, positions.to(device))), (layout, seq, dim)
+                full = cp.unshard(shard, dim, **given, seq_len=seq)
+                assert torch.equal(full, x), (layout, seq, dim)
+                weight = torch.arange(full.numel(), device=device, dtype=dtype).reshape(full.shape) % 128
+                (full * weight).sum().backward()
+                # Every rank has the same loss: its gradient is that of its own tokens, and the ranks' sum is the whole.
+                own = torch.zeros_like(x).index_copy(dim, positions.to(device), weight.index_select(dim, positions.to(device)))
+                assert x.grad is not None and torch.equal(x.grad, own), (layout, seq, dim)
+        given = {"cu_seqlens": torch.tensor([0, world_size, 6 * world_size])} if per_document(layout) else {}
+        x = torch.arange(6 * world_size, device=device)
+        assert torch.equal(cp.unshard(cp.shard(x, 0, **given), 0, **given), x), "the length follows from the shard"
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_there_and_back(ranks, world_size: int) -> None:
+    ranks(world_size).run(there_and_back)
+
+
+def test_one_process() -> None:
+    there_and_back(0, 1)
+
+
+# -- attention -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    seen: Seen
+    mask: str | None = None
+    call: dict[str, Any] = field(default_factory=dict)
+    shape: Shape = Shape(dim_v=16)  # noqa: RUF009
+
+
+# A prefix seen by all, a stripe further back, a block of its own, and rows 20 to 23 that see nothing.
+SLICES = (
+    (0, 12, 0, 3, -NO_LIMIT, NO_LIMIT),
+    (0, 12, 3, 12, -4, 0),
+    (12, 16, 0, 16, -10, -6),
+    (12, 16, 12, 16, -NO_LIMIT, 0),
+    (16, 20, 5, 9, -NO_LIMIT, NO_LIMIT),
+)
+USES = [
+    Use(seen=Seen(causal=True)),
+    Use(seen=Seen(causal=True), mask="causal", call=LSE, shape=Shape(heads_k=1)),
+    Use(seen=Seen(), mask="full", call={"softmax_scale": 0.3, **LSE}),
+    Use(seen=Seen(causal=True, window=(5, 0)), mask="causal", call={"window_size": (5, -1), "deterministic": True}),
+    Use(seen=Seen(window=(5, 3)), mask="full", call={"window_size": (5, 3), **LSE}),
+    Use(seen=Seen(causal=True, window=(2, 0), sinks=3), mask="causal", call={"window_size": (2, 0), "sinks": 3, **LSE}),
+    Use(seen=Seen(causal=True, prefix=9), mask="causal", call={"prefix": 9, **LSE}),
+    Use(seen=Seen(causal=True, window=(4, 0), sinks=1, prefix=3), call={"window_size": (4, 0), "sinks": 1, "prefix": 3}),
+    Use(seen=Seen(causal=True, cu=DOCUMENTS), mask="causal", call=LSE),
+    Use(seen=Seen(cu=DOCUMENTS, window=(3, 3), sinks=1), mask="full", call={"window_size": (3, 3), "sinks": 1}),
+    Use(seen=Seen(causal=True, cu=DOCUMENTS, prefix=4), mask="causal", call={"prefix": 4}, shape=Shape(packed=True)),
+    Use(seen=Seen(slices=SLICES), call=LSE),
+]
+
+
+def uses(layout: str) -> Iterator[tuple[Use, str, str]]:
+    for n, each in enumerate(USES):
+        transport = ("auto", "ring", "all_gather", "halo")[n % 4]
+        kernel = ("auto", "aten" if each.shape.packed else "reference")[n % 5 == 0]
+        if (each.seen.cu is not None) >= per_document(layout):
+            yield each, transport, kernel
+    for seq in () if per_document(layout) else (23, 25, 3):
+        yield Use(seen=Seen(causal=True), shape=Shape(seq=seq), call={"seq_len": seq, **LSE}), "auto", "auto"
+
+
+def attends(rank: int, world_size: int, group: Any = None) -> list[str]:
+    group = dist.group.WORLD if group is None and dist.is_initialized() else group
+    faults = []
+    for layout in LAYOUTS:
+        for each, transport, kernel in uses(layout):
+            cp = ContextParallel(group, layout=layout, transport=transport, kernel=kernel)
+            given = {"mask": each.mask, "cu_seqlens": table(each.seen.cu), **each.call}
+            given = {name: value for name, value in given.items() if value is not None}
+            if each.seen.slices is not None:
+                given["mask"] = Mask(each.seen.slices, each.shape.seq)
+            truth = whole(each.shape, each.seen, each.call.get("softmax_scale"))
+            rows = held(layout, each.shape.seq, world_size, rank, each.seen.cu)
+            with naming((layout, transport, each)):
+                call = lambda q, k, v, cp=cp, given=given: cp.attention(q, k, v, **given)  # noqa: E731
+                answer = check_call(call, truth, rows, probs=each.call.get("return_attn_probs", False))
+            faults += told((layout, transport, each), answer)
+    return faults
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_attention(ranks, world_size: int) -> None:
+    no_faults(ranks(world_size).run(attends))
+
+
+def test_attention_on_one_process() -> None:
+    no_faults([attends(0, 1)])
+
+
+def as_a_model(rank: int, world_size: int) -> list[str]:
+    """Shard, attention, unshard, a loss on the whole: the sum of the ranks' gradients is the gradient."""
+    truth, faults = whole(Shape(), Seen(causal=True)), []
+    for layout in ("contiguous", "zigzag", "stripe"):
+        cp = ContextParallel(layout=layout)  # the default group
+        q, k, v = (x.clone().requires_grad_() for x in (truth.q, truth.k, truth.v))
+        out = cp.unshard(cp.attention(*(cp.shard(x, 1) for x in (q, k, v))), 1)
+        (out * truth.grad).sum().backward()
+        grads = {}
+        for name, x in (("dq", q), ("dk", k), ("dv", v)):
+            assert x.grad is not None
+            dist.all_reduce(x.grad)
+            grads[name] = x.grad
+        faults += told(layout, truth.wrong({"out": out, **grads}, {}))
+    return faults
+
+
+def test_as_a_model(ranks) -> None:
+    no_faults(ranks(3).run(as_a_model))
+
+
+# -- meshes, parts of the world --------------------------------------------------------------------------------------------------
+
+
+def on_meshes(rank: int, world_size: int) -> list[str]:
+    device, _ = place()
+    mesh = init_device_mesh(device.type, (2, 2), mesh_dim_names=("dp", "cp"))
+    truth, faults = whole(Shape(), Seen(causal=True)), []
+    for each in (mesh["cp"], mesh["dp"]):
+        own = rank % 2 if each is mesh["cp"] or each == mesh["cp"] else rank // 2
+        cp = ContextParallel(each, layout="zigzag")
+        assert (cp.rank, cp.world_size) == (own, 2)
+        faults += told(each, check_call(cp.attention, truth, held("zigzag", 24, 2, own)))
+    faults += told("two dims", refusal(lambda: ContextParallel(mesh), ValueError, ["one dim", "mesh['name']"]))
+    middle = DeviceMesh(device.type, [1, 2])
+    group = dist.new_group([1, 2])
+    for each in (middle, group):
+        if rank in (1, 2):
+            faults += told(each, check_call(ContextParallel(each).attention, truth, held("contiguous", 24, 2, rank - 1)))
+        else:
+            faults += told("not in it", refusal(lambda each=each: ContextParallel(each), ValueError, ["not"]))
+    flat = ContextParallel(mesh._flatten("all"))
+    return faults + told("flat", check_call(flat.attention, truth, held("contiguous", 24, 4, rank)))
+
+
+def test_meshes(ranks) -> None:
+    no_faults(ranks(4).run(on_meshes))
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------------------
+
+CAUSAL = Mask([(0, 8, 0, 8, -NO_LIMIT, 0)], 8)
+REFUSED: list[tuple[dict[str, Any], Callable[[ContextParallel, Tensor], Any], list[str]]] = [
+    ({"layout": "zig-zag"}, lambda cp, x: None, ["'zig-zag'", *LAYOUTS]),
+    ({"transport": "pigeon"}, lambda cp, x: None, ["'pigeon'", "auto", "ring", "all_gather", "halo"]),
+    ({"kernel": "magic"}, lambda cp, x: None, ["'magic'", "auto", "aten", "reference"]),
+    ({}, lambda cp, x: cp.attention(x, x, x, mask="window"), ["'window'", "'causal'", "'full'", "Mask"]),
+    ({}, lambda cp, x: cp.attention(x, x, x, mask=None), ["'causal'", "'full'", "Mask"]),
+    ({}, lambda cp, x: cp.attention(x, x, x, CAUSAL, window_size=(3, 0)), ["Mask", "window_size"]),
+    ({}, lambda cp, x: cp.attention(x, x, x, CAUSAL, sinks=2), ["Mask", "sinks"]),
+    ({}, lambda cp, x: cp.attention(x, x, x, CAUSAL, cu_seqlens=torch.tensor([0, 8])), ["Mask", "cu_seqlens"]),
+    ({}, lambda cp, x: cp.attention(x, x, x, Mask([(0, 9, 0, 9)], 9)), ["9 queries", "8"]),
+    ({}, lambda cp, x: cp.attention(x, x, x, sinks=-1), ["sinks=-1"]),
+    ({}, lambda cp, x: cp.attention(x, x, x, prefix=-1), ["prefix=-1"]),
+    ({}, lambda cp, x: cp.attention(x, x, x, window_size=(-2, 0)), ["window_size"]),
+    ({}, lambda cp, x: cp.attention(x, x, x, cu_seqlens=torch.tensor([0, 5, 12])), ["12 tokens"]),
+    ({}, lambda cp, x: cp.attention(x, x, x, cu_seqlens=torch.tensor([0, 6, 5, 8])), ["cu_seqlens", "decrease"]),
+    ({}, lambda cp, x: cp.attention(x, x, x, seq_len=11), ["11 tokens"]),
+    ({"layout": "zigzag"}, lambda cp, x: cp.attention(x, x, x, seq_len=11), ["'zigzag'", "11 tokens"]),
+    ({"layout": "zigzag-per-document"}, lambda cp, x: cp.attention(x, x, x), ["'zigzag-per-document'", "cu_seqlens"]),
+    ({"layout": "contiguous-per-document"}, lambda cp, x: cp.shard(x, 1), ["cu_seqlens"]),
+    ({"layout": "contiguous-per-document"}, lambda cp, x: cp.unshard(x, 1), ["cu_seqlens"]),
+    ({"layout": "contiguous-per-document"}, lambda cp, x: cp.position_ids(8), ["cu_seqlens"]),
+    ({}, lambda cp, x: cp.shard(x, 1, torch.tensor([0, 99])), ["cu_seqlens", "99"]),
+    ({}, lambda cp, x: cp.unshard(x, 1, torch.tensor([0, 99])), ["99"]),
+    ({}, lambda cp, x: cp.unshard(x, 1, seq_len=99), ["99"]),
+    ({}, lambda cp, x: cp.unshard(x, 1, torch.tensor([0, 8]), seq_len=99), ["99"]),
+]
+
+
+def refused(rank: int, world_size: int) -> list[str]:
+    device, dtype = place()
+    x = torch.zeros(1, 8 // world_size, 2, 8, device=device, dtype=dtype)
+    faults = []
+    for n, (given, call, words) in enumerate(REFUSED):
+        faults += told(f"REFUSED[{n}]", refusal(lambda g=given, c=call: c(ContextParallel(**g), x), ValueError, words))
+    return faults
+
+
+def test_refused(ranks) -> None:
+    no_faults([refused(0, 1), *ranks(2).run(refused)])
+
+
+def test_an_unknown_option_is_an_error() -> None:
+    x = torch.zeros(1, 8, 2, 8)
+    with pytest.raises(TypeError, match="windows"), no_communication():
+        ContextParallel().attention(x, x, x, windows=(3, 0))

@@ -1,0 +1,122 @@
+"""Transports: the local one delivers and counts, the one over processes gives the same bits; `RingComm` has its own file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nnscaler_ring.core import engine
+from nnscaler_ring.core.layout import build
+from nnscaler_ring.core.recipe import Recipe
+from nnscaler_ring.core.transport import Exchange, LocalTransport, ProcessTransport, RingComm, Walk, current_device, transport_of
+from tests import oracle
+
+
+def passing_on(rank: int, world: int, hops: int) -> Walk:
+    """Passes its rank round a ring and returns what it saw; each hop's tensors differ in size and dtype."""
+    seen, value = [], rank
+    for hop in range(hops):
+        dtype = [torch.float32, torch.bfloat16][hop % 2]
+        got = torch.empty(hop + 1, dtype=dtype)
+        sent = torch.full((hop + 1,), float(value), dtype=dtype)
+        wait = yield Exchange([((rank + 1) % world, sent)], [((rank - 1) % world, got)])
+        wait()
+        value = int(got[-1])
+        seen.append(value)
+    return seen
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_local_delivers_and_counts(world: int) -> None:
+    transport = LocalTransport(world)
+    seen = transport.run([passing_on(rank, world, world) for rank in transport.ranks])
+    assert seen == [[(rank - hop) % world for hop in range(1, world + 1)] for rank in range(world)]
+    assert transport.bytes_sent == [sum((hop + 1) * (4, 2)[hop % 2] for hop in range(world))] * world
+    transport.run([passing_on(rank, world, 1) for rank in transport.ranks])
+    assert transport.bytes_sent[0] == sum((hop + 1) * (4, 2)[hop % 2] for hop in range(world)) + 4, "goes on counting"
+
+
+def test_local_keeps_the_order_of_messages_to_one_peer() -> None:
+    def walk(rank: int) -> Walk:
+        got = [torch.empty(1), torch.empty(1)]
+        wait = yield Exchange([(1 - rank, torch.tensor([x])) for x in (1.0, 2.0)], [(1 - rank, x) for x in got])
+        wait()
+        return [x.item() for x in got]
+
+    assert LocalTransport(2).run([walk(0), walk(1)]) == [[1.0, 2.0]] * 2
+
+
+def once(send: list[int], receive: list[int], size: int = 1) -> Walk:
+    wait = yield Exchange([(peer, torch.zeros(1)) for peer in send], [(peer, torch.zeros(size)) for peer in receive])
+    wait()
+
+
+def test_local_finds_plans_that_do_not_fit() -> None:
+    with pytest.raises(AssertionError, match="every tensor sent is received"):
+        LocalTransport(2).run([once([1], []), once([], [])])
+    with pytest.raises(AssertionError, match="sender and receiver agree"):
+        LocalTransport(2).run([once([1], []), once([], [0], size=2)])
+    with pytest.raises(KeyError):
+        LocalTransport(2).run([once([], []), once([], [0])])
+    with pytest.raises(AssertionError, match="the same number of exchanges"):
+        LocalTransport(2).run([once([1], [1]), passing_on(1, 2, 2)])
+
+
+def test_a_transport_is_found_by_name_once() -> None:
+    assert transport_of("local:5") is transport_of("local:5")
+    assert transport_of("local:5").world_size == 5 and list(transport_of("local:5").ranks) == list(range(5))
+
+
+def test_a_ring_needs_a_process_group() -> None:
+    with pytest.raises(RuntimeError, match="RingComm needs a process group: call"):
+        RingComm(None)
+
+
+CALLS = [
+    ("contiguous", "ring", {"causal": True}),
+    ("zigzag", "ring", {"causal": True}),
+    ("stripe", "ring", {}),
+    ("zigzag", "all_gather", {"causal": True, "heads_stride": 1}),
+    ("contiguous", "halo", {"causal": True, "window": (9, 0), "sinks": 2}),
+    ("contiguous", "broadcast", {"window": (3, 4)}),
+    ("contiguous", "auto", {"causal": True, "window": (2, 0)}),
+]
+LENGTH, HEADS, SCALE = 29, (4, 2, 8, 6), 0.3
+
+
+def on_processes(rank: int, world: int) -> list[list[torch.Tensor]]:
+    """This rank's answers to all calls, and its walk over a transport."""
+    group = dist.group.WORLD
+    transport = transport_of(group.group_name)
+    assert isinstance(transport, ProcessTransport) and list(transport.ranks) == [rank]
+    assert transport is transport_of(group.group_name) and current_device(group) == torch.device("cpu")
+    assert transport.run([passing_on(rank, world, world)])[0][-1] == rank
+    answers = []
+    for layout, way, named in CALLS:
+        rows = torch.from_numpy(build(layout, LENGTH, world).positions(rank))
+        q, k, v, d_out = (x[:, rows] for x in oracle.inputs(0, (2, LENGTH, LENGTH), HEADS))
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        recipe = Recipe(group=group.group_name, layout=layout, transport=way, kernel="reference", **named)
+        out, lse = engine.attention(*leaves, None, None, None, LENGTH, LENGTH, SCALE, str(recipe))
+        grads = torch.autograd.grad(out, leaves, d_out)
+        answers.append([x.detach() for x in (out, lse, *grads)])
+    return answers
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_give_the_same_bits(ranks: Any, world: int, request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--device") != "cpu":
+        pytest.skip("compares bits in float64 on CPU; needs --device cpu")
+    by_rank = ranks(world).run(on_processes)
+    given = oracle.inputs(0, (2, LENGTH, LENGTH), HEADS)
+    for n, (layout, way, named) in enumerate(CALLS):
+        recipe = Recipe(group=f"local:{world}", layout=layout, transport=way, kernel="reference", **named)
+        local = oracle.run(given, SCALE, recipe)
+        for rank in range(world):
+            rows = torch.from_numpy(build(layout, LENGTH, world).positions(rank))
+            for name, whole, own in zip(oracle.Answer._fields, local, by_rank[rank][n], strict=True):
+                want = whole[:, :, rows] if name == "lse" else whole[:, rows]
+                assert torch.equal(own, want), f"{name} of rank {rank}: {layout}, {way}, {named}"
