@@ -4,6 +4,7 @@ The public surface on one page: ops for models (`ops`), per-rank functions under
 `ContextParallel`. The engine and its parts, for people who write a variant, are in `core`.
 """
 
+from . import plugin as plugin  # registers the ops where nnscaler is installed
 from .context import ContextParallel
 from .core.mask import Mask, Slice
 from .functional import (
@@ -42,7 +43,6 @@ from .ops import (
     wrap_stripe_attn_func,
     wrap_zigzag_attn_func,
 )
-from .plugin import summed_cross_entropy  # registers the ops where nnscaler is installed
 
 __version__ = "0.1.0.dev0"
 
@@ -70,7 +70,6 @@ __all__ = [
     "stripe_flash_attn_func",
     "stripe_flash_attn_kvpacked_func",
     "stripe_flash_attn_qkvpacked_func",
-    "summed_cross_entropy",
     "wrap_ring_attn_func",
     "wrap_ring_attn_varlen_func",
     "wrap_sliding_window_attn_func",

@@ -34,9 +34,11 @@ def fixed(base: Front, name: str, summary: str, *, causal_only: bool = False, **
     shown = signature.replace(parameters=parameters)
 
     def function(*args: Any, **kwargs: Any) -> Result:
+        if not causal_only:
+            return base(*args, **kwargs, **choices)  # and no more: compilers trace through here
         bound = shown.bind(*args, **kwargs)
         bound.apply_defaults()
-        if causal_only and not bound.arguments["causal"]:
+        if not bound.arguments["causal"]:
             raise ValueError(
                 f"{name}: causal=False, but zigzag shards balance a causal mask; pass causal=True or take a ring function"
             )

@@ -10,10 +10,10 @@ Legend: `B` batch, `S` tokens of the sequence, `T` packed tokens, `Hq`/`Hk` quer
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -170,22 +170,28 @@ def packed_attention(
     return (out, lse) if call.settings.return_attn_probs else out
 
 
-def _run(op: str, given: dict[str, Any]) -> Result:
-    """Check the plain arguments of a front by their names, and run the op; shapes are not looked at here.
+_SHARED: tuple[str, ...] = ("softmax_scale", "dropout_p", "window_size", "alibi_slopes", "deterministic", "return_attn_probs")
+_SHARED += ("transport", "kernel", "seq_len")
+"""The plain arguments that all fronts have, in the order in which they hand them on."""
 
-    The fronts write the names out: nnscaler traces through them, and ``locals()`` is not theirs then.
+
+def _run(op: str, tensors: Sequence[Tensor | None], process_group: Group, shared: Sequence[Any], **own: Any) -> Result:
+    """Check the plain arguments of a front and run the op; tensors are not looked at, and kept apart.
+
+    nnscaler traces through the fronts: what is computed from a container with a tensor goes into its graph.
     """
+    given = {**dict(zip(_SHARED, shared, strict=True)), **own}
     Options(dropout_p=given["dropout_p"], alibi_slopes=given["alibi_slopes"])
+    if SPECS[op].layout == "zigzag" and not given["causal"]:
+        raise ValueError(f"{op}: causal=False, but zigzag shards balance a causal mask; pass causal=True or take a ring function")
     scale = None if given["softmax_scale"] is None else float(given["softmax_scale"])
     given = {**given, "softmax_scale": scale, "window_size": check_window(given["window_size"])}
     settings = Settings(**{f.name: given[f.name] for f in fields(Settings) if f.name in given})
-    choices = {"op": op, "settings": str(settings), "process_group": given["process_group"]}
-    qkv = given["q"], given["k"], given["v"]
-    if "cu_seqlens_q" in given:
-        result = packed_attention(*qkv, given["cu_seqlens_q"], given["cu_seqlens_k"], **choices)
-    else:
-        result = dense_attention(*qkv, given["cu_seqlens"], **choices)
-    return (result[0], result[1], None) if isinstance(result, tuple) else result
+    entry: Callable[..., Outputs] = packed_attention if "cu_seqlens_q" in SPECS[op].inputs else dense_attention
+    result = entry(*tensors, op=op, settings=str(settings), process_group=process_group)
+    if not settings.return_attn_probs:
+        return cast(Tensor, result)
+    return result[0], result[1], None
 
 
 def _dense_attn(
@@ -240,13 +246,8 @@ def _dense_attn(
         >>> _dense_attn(q, k, v).shape
         torch.Size([1, 16, 4, 8])
     """
-    given = {
-        "q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens, "process_group": process_group, "softmax_scale": softmax_scale,
-        "dropout_p": dropout_p, "causal": causal, "window_size": window_size, "alibi_slopes": alibi_slopes,
-        "deterministic": deterministic, "return_attn_probs": return_attn_probs, "transport": transport, "kernel": kernel,
-        "seq_len": seq_len, "layout": layout,
-    }
-    return _run(op, given)
+    shared = (softmax_scale, dropout_p, window_size, alibi_slopes, deterministic, return_attn_probs, transport, kernel, seq_len)
+    return _run(op, (q, k, v, cu_seqlens), process_group, shared, causal=causal, layout=layout)
 
 
 wrap_ring_attn_func = fixed(
@@ -259,7 +260,6 @@ wrap_zigzag_attn_func = fixed(
     _dense_attn,
     "wrap_zigzag_attn_func",
     "Causal attention with equal work on every rank: inside, rank `r` holds chunks `r` and ``2P-1-r`` of ``2P``.",
-    causal_only=True,
     op="wrap_zigzag_attn_func",
 )
 wrap_stripe_attn_func = fixed(
@@ -317,13 +317,9 @@ def wrap_ring_attn_varlen_func(
     """
     if bias is not None:
         raise NotImplementedError("bias: no kernel here adds one yet; pass bias=None")
-    given = {
-        "q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "process_group": process_group,
-        "softmax_scale": softmax_scale, "dropout_p": dropout_p, "causal": causal, "window_size": window_size,
-        "alibi_slopes": alibi_slopes, "deterministic": deterministic, "return_attn_probs": return_attn_probs,
-        "transport": transport, "kernel": kernel, "seq_len": seq_len, "seq_len_k": seq_len_k,
-    }
-    return _run("wrap_ring_attn_varlen_func", given)
+    shared = (softmax_scale, dropout_p, window_size, alibi_slopes, deterministic, return_attn_probs, transport, kernel, seq_len)
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    return _run("wrap_ring_attn_varlen_func", tensors, process_group, shared, causal=causal, seq_len_k=seq_len_k)
 
 
 def wrap_sliding_window_attn_func(
@@ -365,13 +361,8 @@ def wrap_sliding_window_attn_func(
         torch.Size([1, 16, 4, 8])
     """
     window = (window_size, 0 if causal else window_size) if isinstance(window_size, int) else window_size
-    given = {
-        "q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens, "process_group": process_group, "softmax_scale": softmax_scale,
-        "dropout_p": dropout_p, "causal": causal, "window_size": window, "alibi_slopes": alibi_slopes,
-        "deterministic": deterministic, "return_attn_probs": return_attn_probs, "transport": transport, "kernel": kernel,
-        "seq_len": seq_len,
-    }
-    return _run("wrap_sliding_window_attn_func", given)
+    shared = (softmax_scale, dropout_p, window, alibi_slopes, deterministic, return_attn_probs, transport, kernel, seq_len)
+    return _run("wrap_sliding_window_attn_func", (q, k, v, cu_seqlens), process_group, shared, causal=causal)
 
 
 def wrap_streaming_llm_attn_func(
@@ -413,10 +404,6 @@ def wrap_streaming_llm_attn_func(
         >>> wrap_streaming_llm_attn_func(q, k, v, 4).shape
         torch.Size([1, 16, 4, 8])
     """
-    given = {
-        "q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens, "process_group": process_group, "softmax_scale": softmax_scale,
-        "dropout_p": dropout_p, "causal": True, "window_size": (window_size, 0), "alibi_slopes": alibi_slopes,
-        "deterministic": deterministic, "return_attn_probs": return_attn_probs, "transport": transport, "kernel": kernel,
-        "seq_len": seq_len, "sinks": num_sinks,
-    }
-    return _run("wrap_streaming_llm_attn_func", given)
+    window = (window_size, 0)
+    shared = (softmax_scale, dropout_p, window, alibi_slopes, deterministic, return_attn_probs, transport, kernel, seq_len)
+    return _run("wrap_streaming_llm_attn_func", (q, k, v, cu_seqlens), process_group, shared, causal=True, sinks=num_sinks)

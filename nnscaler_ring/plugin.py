@@ -70,6 +70,11 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -10
         >>> round(summed_cross_entropy(torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.int64)).item(), 3)
         13.816
     """
+    return summed_loss(logits, labels, ignore_index=ignore_index)
+
+
+def summed_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """The op behind `summed_cross_entropy`: nnscaler knows it where its module calls it."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
 
@@ -312,7 +317,7 @@ OPS = (
     nnscaler.attention_op(packed_attention, SPECS["wrap_ring_attn_varlen_func"], _returns_lse),
     nnscaler.attention_op(zigzag_attention, _ZIGZAG, _returns_lse),
     nnscaler.rows_op(shuffled_rows),
-    nnscaler.loss_op(summed_cross_entropy),
+    nnscaler.loss_op(summed_loss),
 )
 """The ops that stand behind the names above and those of `nnscaler_ring`."""
 

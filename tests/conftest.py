@@ -15,6 +15,9 @@ from tests.distributed import BACKENDS, RankPool, missing_device
 hypothesis.settings.register_profile("nnscaler_ring", deadline=None)
 hypothesis.settings.load_profile("nnscaler_ring")
 
+# Small tensors: more threads only wait for each other, most of all where processes share the cores.
+torch.set_num_threads(1)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=list(BACKENDS), default="cpu", help="device type of the tests (default: cpu)")

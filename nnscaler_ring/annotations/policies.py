@@ -15,6 +15,7 @@ Nothing here needs nnscaler until a policy runs.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,15 +34,17 @@ _ENTRIES: Mapping[str, str] = {
 }
 """nnscaler's name of an attention op -> a spec with its dims."""
 
-_ORDER = ("batch", "sequence", "heads")
-"""Outer cuts first. Heads innermost: nnscaler permutes gradients of a single key head under the other order."""
+_NAMES = ("batch", "sequence", "heads")
 
 
 def pas_sequence(graph: Any, config: Any) -> Any:
-    """Cut the sequence of the whole model over all `plan_ngpus` devices; give it to ``nnscaler.parallelize`` as the policy.
+    """Cut the sequence of the whole model over all devices of a stage; give it to ``nnscaler.parallelize`` as the policy.
 
-    ``config.pas_config["recompute_modules"]`` may name module classes, separated by commas, whose activations are recomputed in the
-    backward pass.
+    ``config.pas_config`` may hold:
+
+    - ``recompute_modules``: names of module classes, separated by commas, whose activations are recomputed in the backward pass.
+    - ``stages``: paths of the modules (``"layers.1"``) that start the pipeline stages after the first, each on as many devices;
+      with ``pipeline_nmicros`` and, if not ``1f1b``, ``pipeline_scheduler``. It needs ``use_end2end=True``.
 
     Raises:
         ValueError: the model calls no attention op of this package, or the sequence does not divide by the devices.
@@ -49,26 +52,29 @@ def pas_sequence(graph: Any, config: Any) -> Any:
     Example:
         >>> # nnscaler.parallelize(Model, inputs, pas_sequence, nnscaler.ComputeConfig(plan_ngpus=8, runtime_ngpus=64))
     """
-    return cut(sequence=config.plan_ngpus)(graph, config)
+    return cut(sequence=config.plan_ngpus // (len(config.pas_config.get("stages", ())) + 1))(graph, config)
 
 
-def cut(*, sequence: int = 1, heads: int = 1, batch: int = 1) -> Policy:
-    """A policy that cuts a model on several dims; where these are fewer than `plan_ngpus` the rest is replicas.
+def cut(**parts: int) -> Policy:
+    """A policy that cuts a model on several dims, the one named first outermost; ``config.pas_config`` as for `pas_sequence`.
+
+    Put heads last: nnscaler permutes the gradients of a single key head under another order, which is refused.
 
     Args:
-        sequence, heads, batch: in how many parts; their product must divide `plan_ngpus`. Sequence chunks of one ring lie
-            `heads` devices apart: heads vary fastest, then the sequence, then the batch.
+        parts: of ``batch``, ``sequence`` and ``heads``, in how many parts each. Where their product is less than the devices of a
+            stage, the rest is replicas.
 
     Example:
         >>> cut(sequence=4, heads=2).__name__
         'pas_sequence4_heads2'
     """
-    parts = {"batch": batch, "sequence": sequence, "heads": heads}
+    if unknown := [name for name in parts if name not in _NAMES]:
+        raise ValueError(f"cut({parts}): {unknown} unknown; choose from {', '.join(_NAMES)}")
     if any(num < 1 for num in parts.values()):
         raise ValueError(f"cut({parts}): give whole numbers >= 1")
 
     def policy(graph: Any, config: Any) -> Any:
-        return _apply(graph, config, {name: parts[name] for name in _ORDER if parts[name] > 1})
+        return _apply(graph, config, {name: num for name, num in parts.items() if num > 1})
 
     policy.__name__ = "_".join(["pas", *(f"{name}{num}" for name, num in parts.items() if num > 1)])
     return policy
@@ -77,35 +83,91 @@ def cut(*, sequence: int = 1, heads: int = 1, batch: int = 1) -> Policy:
 def _apply(graph: Any, config: Any, parts: Mapping[str, int]) -> Any:
     from nnscaler.graph.function.anchor import IRGraphAnchor
     from nnscaler.ir.operator import IRDataOperation, IRFwOperation
-    from nnscaler.policies import auto_multiref
 
-    pieces = 1
-    for num in parts.values():
-        pieces *= num
-    if config.plan_ngpus % pieces:
-        raise ValueError(f"{dict(parts)} makes {pieces} pieces, which do not divide plan_ngpus={config.plan_ngpus}")
     _recompute(graph, config)
-    auto_multiref(graph)
-    nodes = [node for node in graph.select(ntype=IRFwOperation) if not isinstance(node, IRGraphAnchor)]
-    plans = follow(nodes, parts)
-    for node in (*nodes, *graph.select(ntype=IRDataOperation)):
-        if node.name != "multiref":  # nnscaler cuts these itself, as their consumers are
-            _place(graph, node, parts, plans.get(id(node), {}), config.plan_ngpus)
+    stages = _staged(graph, config.pas_config.get("stages", ()))
+    devices, pieces = config.plan_ngpus // len(stages), math.prod(parts.values())
+    if config.plan_ngpus % len(stages) or devices % pieces:
+        raise ValueError(
+            f"{dict(parts)} makes {pieces} pieces of each of {len(stages)} stages, which do not fit plan_ngpus={config.plan_ngpus}"
+        )
+    of_stage = [[n for n in stage.select(ntype=IRFwOperation) if not isinstance(n, IRGraphAnchor)] for stage in stages]
+    plans = follow([node for nodes in of_stage for node in nodes], parts)
+    for stage, nodes in enumerate(of_stage):
+        for node in nodes:
+            if node.name != "multiref":  # nnscaler cuts these itself, as their consumers are
+                _place(graph, node, parts, plans.get(id(node), {}), range(stage * devices, (stage + 1) * devices))
+    for node in graph.select(ntype=IRDataOperation):
+        _place(graph, node, {}, {}, range(config.plan_ngpus))
+    if len(stages) > 1:
+        scheduler = config.pas_config.get("pipeline_scheduler", "1f1b")
+        config.apply_pipeline_scheduler(graph, len(stages), config.pas_config["pipeline_nmicros"], scheduler)
     return graph
 
 
-def _place(graph: Any, node: Any, parts: Mapping[str, int], plan: Mapping[str, tuple[int, int]], devices: int) -> None:
+def _staged(graph: Any, starts: Sequence[str]) -> list[Any]:
+    """The stages that begin at the modules named, the graph itself where there is one; tensors of several readers multiplied."""
+    from nnscaler.graph.segment import IRSegment
+    from nnscaler.ir.operator import IRFwOperation
+    from nnscaler.policies import auto_multiref
+
+    nodes = graph.select(ntype=IRFwOperation)
+    first = [nodes[0]]
+    for start in starts:
+        inside = [node for node in nodes if any(_is_at(path, start) for path in node.module_stack or ())]
+        if not inside:
+            raise ValueError(f"stages={list(starts)}: the model has no module {start!r}")
+        first.append(inside[0])
+    if len(first) == 1:
+        auto_multiref(graph)
+        return [graph]
+    graph.staging(first)
+    auto_multiref(graph)
+    stages = [segment for segment in graph.select(ntype=IRSegment, flatten=False) if segment.isfw()]
+    for stage in stages:
+        for tensor in stage.full_tensors():
+            if not tensor.is_grad() and len(stage.consumers(tensor)) > 1:
+                stage.multiref(tensor)
+    return stages
+
+
+def _is_at(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _place(graph: Any, node: Any, parts: Mapping[str, int], plan: Mapping[str, tuple[int, int]], devices: range) -> None:
     """Partition or replicate a node step by step, and assign the pieces to ascending devices."""
+    steps = {name: num if name in plan else 1 for name, num in parts.items()}
+    if node.signature not in _ENTRIES:
+        steps = _spread(node, steps, plan, len(devices))
     pieces = [node]
-    for name, num in parts.items():
-        if name in plan:
+    for name in parts:
+        if steps.get(name, 1) > 1:
             idx, dim = plan[name]
-            pieces = [part for x in pieces for part in graph.partition(x, x.algorithm("dim"), idx=idx, dim=dim, num=num)]
-        else:
-            pieces = [part for x in pieces for part in graph.replicate(x, times=num)]
-    pieces = [part for x in pieces for part in graph.replicate(x, times=devices // len(pieces))]
-    for device, piece in enumerate(pieces):
+            pieces = [part for x in pieces for part in graph.partition(x, x.algorithm("dim"), idx=idx, dim=dim, num=steps[name])]
+    pieces = [part for x in pieces for part in graph.replicate(x, times=len(devices) // len(pieces))]
+    for device, piece in zip(devices, pieces, strict=True):
         graph.assign(piece, device)
+
+
+def _spread(node: Any, steps: Mapping[str, int], plan: Mapping[str, tuple[int, int]], devices: int) -> dict[str, int]:
+    """The same steps, changed so that nnscaler can sum the gradients of the node's weights.
+
+    It sums a weight's gradient over all devices or over none: the readers of a weight are all pieces or all replicas, and a weight
+    that is cut itself is cut by nothing else. So one step takes what is left of the devices; other tensors are exchanged for it.
+    """
+    weights = {x.parent.tid for x in node.inputs() if _is_tensor(x) and x.is_param()}
+    steps = {name: num for name, num in steps.items() if num > 1}
+    splits = {name: _splits(node, *plan[name], num) or () for name, num in steps.items()}
+    cutting = [name for name, each in splits.items() if any(tid in weights and dim is not None for tid, dim in each)]
+    if len(steps) > len(cutting) > 0:
+        steps = {name: num for name, num in steps.items() if name not in cutting}
+    left = devices // math.prod(steps.values())
+    for name, num in steps.items() if left > 1 else ():
+        idx, dim = plan[name]
+        if node.algorithm("dim").satisfy(idx=idx, dim=dim, num=num * left):
+            return {**steps, name: num * left}
+    return {} if weights and left > 1 else steps
 
 
 def _recompute(graph: Any, config: Any) -> None:
@@ -236,13 +298,13 @@ def write_partition_constraints(path: str | Path, allowed: Iterable[str] = ("seq
 
     Example:
         >>> import tempfile
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> print(write_partition_constraints(folder.name + "/cuts.yaml").read_text().splitlines()[0])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(write_partition_constraints(folder + "/cuts.yaml").read_text().splitlines()[0])
         - allowed_partition_dims: ["0,1"]
     """
     allowed = list(allowed)
-    if unknown := [name for name in allowed if name not in _ORDER]:
-        raise ValueError(f"allowed={allowed}: {unknown} unknown; choose from {', '.join(_ORDER)}")
+    if unknown := [name for name in allowed if name not in _NAMES]:
+        raise ValueError(f"allowed={allowed}: {unknown} unknown; choose from {', '.join(_NAMES)}")
     if parent_module and not re.fullmatch(r"[\w.]+", parent_module):
         raise ValueError(f"parent_module={parent_module!r}: give the name of a class")
     entries = []

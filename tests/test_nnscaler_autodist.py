@@ -1,0 +1,138 @@
+"""What a cut costs by nnscaler's own profiler, that autodist chooses the sequence then, and how long sequences are traced."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nnscaler_ring
+from nnscaler_ring.annotations.policies import pas_sequence, write_partition_constraints
+from nnscaler_ring.annotations.runtime import nnscaler_runtime
+from nnscaler_ring.plugin import summed_cross_entropy
+from tests.test_nnscaler_runtime import needs_nnscaler
+
+HEADS, HEAD, VOCAB = 4, 32, 16
+
+
+def test_constraints_name_the_ops_and_their_dims(tmp_path: Path) -> None:
+    text = write_partition_constraints(tmp_path / "cuts.yaml", ["sequence", "heads"], "Layer").read_text()
+    assert text.count('  parent_module: "Layer"\n  replica_allowed: false\n') == 3
+    assert '- allowed_partition_dims: ["0,1", "0,2"]\n  name: nnscaler_ring.ops.dense_attention\n' in text
+    assert '- allowed_partition_dims: ["0,0", "0,1"]\n  name: nnscaler_ring.ops.packed_attention\n' in text
+
+
+@pytest.mark.parametrize(("allowed", "parent"), [(["seq"], ""), (["sequence"], "a: b")])
+def test_constraints_of_unknown_dims_or_modules_are_refused(tmp_path: Path, allowed: list[str], parent: str) -> None:
+    with pytest.raises(ValueError, match=r"choose from batch, sequence, heads|name of a class"):
+        write_partition_constraints(tmp_path / "cuts.yaml", allowed, parent)
+
+
+class Model(nn.Module):
+    """One layer; one row, so that there is no batch to cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, HEADS * HEAD)
+        self.q, self.k, self.v = (nn.Linear(HEADS * HEAD, HEADS * HEAD) for _ in range(3))
+        self.head = nn.Linear(HEADS * HEAD, VOCAB)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        q, k, v = (each(x).view(1, -1, HEADS, HEAD) for each in (self.q, self.k, self.v))
+        y = nnscaler_ring.wrap_zigzag_attn_func(q, k, v)
+        return summed_cross_entropy(self.head(y.reshape(1, -1, HEADS * HEAD)), labels)
+
+
+def generated(directory: Path, policy: Any, ranks: int, length: int, **options: Any) -> list[str]:
+    """The code of every rank, generated in this process."""
+    import nnscaler
+
+    logging.getLogger("nnscaler").setLevel(logging.ERROR)
+    tokens = torch.randint(0, VOCAB, (1, length))
+    with nnscaler_runtime("cpu"):
+        config = nnscaler.ComputeConfig(ranks, ranks, trace_strategy="cpu", pas_config=options)
+        where = {"gen_savedir": str(directory), "instance_name": directory.name}
+        nnscaler.parallelize(Model, {"tokens": tokens, "labels": tokens}, policy, config, load_module=False, **where)
+    return [path.read_text() for path in sorted(directory.rglob("gencode*.py"))]
+
+
+def profiled(directory: Path, front: str, causal: bool, parts: int) -> float:
+    """Milliseconds, forward and backward, of a piece of one op by nnscaler's profiler."""
+    from nnscaler.ir.operator import IRFwOperation
+    from nnscaler.profiler.database import ProfileDataBase
+
+    spent: list[float] = []
+
+    def measure(graph: Any, config: Any) -> Any:
+        (node,) = [n for n in graph.select(ntype=IRFwOperation) if n.signature == "nnscaler_ring.ops.dense_attention"]
+        node.kwargs["op"], node.kwargs["settings"] = front, json.dumps({"causal": causal})
+        piece = node.algorithm("dim").instantiate(0, 1, parts)[0] if parts > 1 else node
+        database = ProfileDataBase()
+        spent.extend(sum(_times(database.profile(piece, override=True))) for _ in range(3))
+        return pas_sequence(graph, config)
+
+    generated(directory, measure, 1, 2048)
+    return min(spent)
+
+
+def _times(metrics: Any) -> tuple[float, float]:
+    return metrics.fw_span, metrics.bw_span
+
+
+class TestCost:
+    pytestmark = needs_nnscaler
+
+    @pytest.mark.parametrize(("front", "causal"), [("wrap_zigzag_attn_func", True), ("wrap_ring_attn_func", False)])
+    def test_of_a_piece_is_its_share(self, tmp_path: Path, front: str, causal: bool) -> None:
+        torch.set_num_threads(1)
+        whole = profiled(tmp_path / f"{front}1", front, causal, 1)
+        for parts in (2, 4):
+            piece = profiled(tmp_path / f"{front}{parts}", front, causal, parts)
+            assert piece * parts / whole == pytest.approx(1.0, abs=0.2), (parts, piece, whole)
+
+
+class TestAutodist:
+    pytestmark = needs_nnscaler
+
+    @pytest.mark.parametrize("constrained", [False, True])
+    def test_cuts_the_sequence(self, tmp_path: Path, constrained: bool) -> None:
+        torch.set_num_threads(1)
+        options: dict[str, Any] = {"mem_constraint": 8, "parallel_profile": False, "re_profile": True, "profile_dir": str(tmp_path)}
+        if constrained:
+            path = write_partition_constraints(tmp_path / "cuts.yaml", ["sequence"])
+            options["partition_constraints_path"] = str(path)
+        codes = generated(tmp_path / f"auto{constrained}", "autodist", 2, 1024, **options)
+        assert len(codes) == 2
+        for code in codes:
+            assert "process_group=(0, 1))" in code
+
+
+TRACE = """
+import resource, sys, time
+from pathlib import Path
+from tests.test_nnscaler_autodist import generated, pas_sequence
+start = time.perf_counter()
+codes = generated(Path(sys.argv[1]), pas_sequence, 8, 65536)
+print(len(codes), time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+class TestTrace:
+    pytestmark = needs_nnscaler
+
+    def test_of_65536_tokens_is_quick_and_small(self, tmp_path: Path) -> None:
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", TRACE, str(tmp_path / "long")], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        codes, seconds, gigabytes = done.stdout.split()[-3:]
+        assert int(codes) == 8
+        assert float(seconds) < 10 and float(gigabytes) < 2, (done.stdout, time.perf_counter() - start)
