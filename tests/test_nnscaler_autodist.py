@@ -20,7 +20,7 @@ from nnscaler_ring.annotations.runtime import nnscaler_runtime
 from nnscaler_ring.plugin import summed_cross_entropy
 from tests.test_nnscaler_runtime import needs_nnscaler
 
-HEADS, HEAD, VOCAB = 4, 32, 16
+HEADS, HEAD, VOCAB = 2, 32, 16
 
 
 def test_constraints_name_the_ops_and_their_dims(tmp_path: Path) -> None:
@@ -77,11 +77,11 @@ def profiled(directory: Path, front: str, causal: bool, parts: int) -> float:
         node.kwargs["op"], node.kwargs["settings"] = front, json.dumps({"causal": causal})
         piece = node.algorithm("dim").instantiate(0, 1, parts)[0] if parts > 1 else node
         database = ProfileDataBase()
-        spent.extend(sum(_times(database.profile(piece, override=True))) for _ in range(3))
+        spent.append(sum(_times(database.profile(piece, override=True))))
         return pas_sequence(graph, config)
 
-    generated(directory, measure, 1, 2048)
-    return min(spent)
+    generated(directory, measure, 1, 4096)
+    return spent[0]
 
 
 def _times(metrics: Any) -> tuple[float, float]:
@@ -94,10 +94,15 @@ class TestCost:
     @pytest.mark.parametrize(("front", "causal"), [("wrap_zigzag_attn_func", True), ("wrap_ring_attn_func", False)])
     def test_of_a_piece_is_its_share(self, tmp_path: Path, front: str, causal: bool) -> None:
         torch.set_num_threads(1)
-        whole = profiled(tmp_path / f"{front}1", front, causal, 1)
-        for parts in (2, 4):
-            piece = profiled(tmp_path / f"{front}{parts}", front, causal, parts)
-            assert piece * parts / whole == pytest.approx(1.0, abs=0.2), (parts, piece, whole)
+        best: dict[int, float] = {}
+        for turn in range(4):  # the least of a few turns: other work on the machine only adds
+            for parts in (1, 2, 4):
+                spent = profiled(tmp_path / f"{front}{parts}x{turn}", front, causal, parts)
+                best[parts] = min(spent, best.get(parts, spent))
+            shares = {parts: parts * spent / best[1] for parts, spent in best.items()}
+            if shares == pytest.approx(dict.fromkeys(shares, 1.0), abs=0.2):
+                return
+        pytest.fail(f"times of pieces, times their number, over that of the whole: {shares}")
 
 
 class TestAutodist:

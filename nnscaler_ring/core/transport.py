@@ -97,7 +97,25 @@ def _nothing() -> None:
     return None
 
 
-class ProcessTransport(Transport):
+class OneRank(Transport):
+    """Drives the walk of one rank."""
+
+    @abstractmethod
+    def start(self, exchange: Exchange) -> Wait:
+        """Start sending and receiving; the returned function waits until this process may read what arrived."""
+
+    def run(self, walks: Sequence[Walk]) -> list[Any]:
+        (walk,) = walks
+        reply: Wait | None = None
+        while True:
+            try:
+                exchange = walk.send(reply)  # type: ignore[arg-type]
+            except StopIteration as end:
+                return [end.value]
+            reply = self.start(exchange)
+
+
+class ProcessTransport(OneRank):
     """This process' rank of a process group, by non-blocking point-to-point messages in the order of the plan."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -108,7 +126,6 @@ class ProcessTransport(Transport):
         self._met = set[str]()
 
     def start(self, exchange: Exchange) -> Wait:
-        """Start sending and receiving; the returned function waits until this process may read what arrived."""
         self._meet(exchange)
         ops = [dist.P2POp(dist.isend, tensor, self._peers[peer], self.group) for peer, tensor in exchange.send]
         ops += [dist.P2POp(dist.irecv, tensor, self._peers[peer], self.group) for peer, tensor in exchange.receive]
@@ -117,6 +134,7 @@ class ProcessTransport(Transport):
         def wait() -> None:
             for work in works:
                 work.wait()
+            ops.clear()  # which kept the tensors until now
 
         return wait
 
@@ -131,18 +149,8 @@ class ProcessTransport(Transport):
                 self._met.add(device.type)
                 dist.all_reduce(torch.zeros(1, device=device), group=self.group)
 
-    def run(self, walks: Sequence[Walk]) -> list[Any]:
-        (walk,) = walks
-        reply: Wait | None = None
-        while True:
-            try:
-                exchange = walk.send(reply)  # type: ignore[arg-type]
-            except StopIteration as end:
-                return [end.value]
-            reply = self.start(exchange)
 
-
-class PretendTransport(Transport):
+class PretendTransport(OneRank):
     """One rank of a world whose others are not there: it does its own work, sends nothing, and zeros arrive.
 
     For measuring what one rank's share costs; the results are not those of attention.
@@ -152,17 +160,10 @@ class PretendTransport(Transport):
         self.world_size = world_size
         self.ranks = (rank,)
 
-    def run(self, walks: Sequence[Walk]) -> list[Any]:
-        (walk,) = walks
-        reply: Wait | None = None
-        while True:
-            try:
-                exchange = walk.send(reply)  # type: ignore[arg-type]
-            except StopIteration as end:
-                return [end.value]
-            for _, buffer in exchange.receive:
-                buffer.zero_()
-            reply = _nothing
+    def start(self, exchange: Exchange) -> Wait:
+        for _, buffer in exchange.receive:
+            buffer.zero_()
+        return _nothing
 
 
 def current_device(group: dist.ProcessGroup) -> torch.device:

@@ -75,7 +75,7 @@ def _span(q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tupl
                 out[at], lse[at] = block_out, column
             else:
                 merge_(out[at], lse[at], block_out, column)
-    return out.to(q.dtype), lse.squeeze(3).transpose(1, 2)
+    return out, lse.squeeze(3).transpose(1, 2)
 
 
 def _batches(piece: Piece, batch: int) -> list[slice]:

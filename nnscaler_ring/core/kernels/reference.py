@@ -28,7 +28,7 @@ class Reference(Kernel):
             scores = _scores(_tile(q, i0, i1), _tile(k, j0, j1, q), scale, _hidden(i0, i1, j0, j1, align, window, q.device))
             lse = torch.logsumexp(scores, dim=-1)
             weights = torch.exp(scores - lse.unsqueeze(-1))
-            outs.append((weights @ _tile(v, j0, j1, q)).transpose(1, 2).to(q.dtype))
+            outs.append((weights @ _tile(v, j0, j1, q)).transpose(1, 2))
             lses.append(lse)
         return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
 
