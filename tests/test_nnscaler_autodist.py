@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from nnscaler_ring.annotations.runtime import nnscaler_runtime
 from nnscaler_ring.plugin import summed_cross_entropy
 from tests.test_nnscaler_runtime import needs_nnscaler
 
-HEADS, HEAD, VOCAB = 2, 32, 16
+HEADS, VOCAB = 2, 16
 
 
 def test_constraints_name_the_ops_and_their_dims(tmp_path: Path) -> None:
@@ -39,20 +40,28 @@ def test_constraints_of_unknown_dims_or_modules_are_refused(tmp_path: Path, allo
 class Model(nn.Module):
     """One layer; one row, so that there is no batch to cut."""
 
+    dim = 32
+
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCAB, HEADS * HEAD)
-        self.q, self.k, self.v = (nn.Linear(HEADS * HEAD, HEADS * HEAD) for _ in range(3))
-        self.head = nn.Linear(HEADS * HEAD, VOCAB)
+        self.embed = nn.Embedding(VOCAB, HEADS * self.dim)
+        self.q, self.k, self.v = (nn.Linear(HEADS * self.dim, HEADS * self.dim) for _ in range(3))
+        self.head = nn.Linear(HEADS * self.dim, VOCAB)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         x = self.embed(tokens)
-        q, k, v = (each(x).view(1, -1, HEADS, HEAD) for each in (self.q, self.k, self.v))
+        q, k, v = (each(x).view(1, -1, HEADS, self.dim) for each in (self.q, self.k, self.v))
         y = nnscaler_ring.wrap_zigzag_attn_func(q, k, v)
-        return summed_cross_entropy(self.head(y.reshape(1, -1, HEADS * HEAD)), labels)
+        return summed_cross_entropy(self.head(y.reshape(1, -1, HEADS * self.dim)), labels)
 
 
-def generated(directory: Path, policy: Any, ranks: int, length: int, **options: Any) -> list[str]:
+class Wide(Model):
+    """With heads as wide as they are used, so that merging results is small beside computing them."""
+
+    dim = 128
+
+
+def generated(directory: Path, policy: Any, ranks: int, length: int, model: type[Model] = Model, **options: Any) -> list[str]:
     """The code of every rank, generated in this process."""
     import nnscaler
 
@@ -61,7 +70,7 @@ def generated(directory: Path, policy: Any, ranks: int, length: int, **options: 
     with nnscaler_runtime("cpu"):
         config = nnscaler.ComputeConfig(ranks, ranks, trace_strategy="cpu", pas_config=options)
         where = {"gen_savedir": str(directory), "instance_name": directory.name}
-        nnscaler.parallelize(Model, {"tokens": tokens, "labels": tokens}, policy, config, load_module=False, **where)
+        nnscaler.parallelize(model, {"tokens": tokens, "labels": tokens}, policy, config, load_module=False, **where)
     return [path.read_text() for path in sorted(directory.rglob("gencode*.py"))]
 
 
@@ -77,10 +86,11 @@ def profiled(directory: Path, front: str, causal: bool, parts: int) -> float:
         node.kwargs["op"], node.kwargs["settings"] = front, json.dumps({"causal": causal})
         piece = node.algorithm("dim").instantiate(0, 1, parts)[0] if parts > 1 else node
         database = ProfileDataBase()
-        spent.append(sum(_times(database.profile(piece, override=True))))
+        with mock.patch.object(time, "perf_counter", time.process_time):  # other work on the machine does not count
+            spent.append(sum(_times(database.profile(piece, override=True))))
         return pas_sequence(graph, config)
 
-    generated(directory, measure, 1, 4096)
+    generated(directory, measure, 1, 4096, Wide)
     return spent[0]
 
 
@@ -95,7 +105,7 @@ class TestCost:
     def test_of_a_piece_is_its_share(self, tmp_path: Path, front: str, causal: bool) -> None:
         torch.set_num_threads(1)
         best: dict[int, float] = {}
-        for turn in range(4):  # the least of a few turns: other work on the machine only adds
+        for turn in range(3):  # the least of a few turns: other work on the machine only adds
             for parts in (1, 2, 4):
                 spent = profiled(tmp_path / f"{front}{parts}x{turn}", front, causal, parts)
                 best[parts] = min(spent, best.get(parts, spent))
@@ -125,9 +135,9 @@ TRACE = """
 import resource, sys, time
 from pathlib import Path
 from tests.test_nnscaler_autodist import generated, pas_sequence
-start = time.perf_counter()
+start = time.process_time()
 codes = generated(Path(sys.argv[1]), pas_sequence, 8, 65536)
-print(len(codes), time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(len(codes), time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
@@ -135,9 +145,8 @@ class TestTrace:
     pytestmark = needs_nnscaler
 
     def test_of_65536_tokens_is_quick_and_small(self, tmp_path: Path) -> None:
-        start = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", TRACE, str(tmp_path / "long")], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         codes, seconds, gigabytes = done.stdout.split()[-3:]
         assert int(codes) == 8
-        assert float(seconds) < 10 and float(gigabytes) < 2, (done.stdout, time.perf_counter() - start)
+        assert float(seconds) < 10 and float(gigabytes) < 2, done.stdout
