@@ -54,8 +54,8 @@ class Kernel(ABC):
             scale: the factor of the scores.
 
         Returns:
-            out ``[B, n, Hq, Dv]`` in q's dtype or, where the backend has it, fp32, and lse ``[B, Hq, n]`` (natural log, fp32, float64 for float64) of the spans'
-            rows, span after span.
+            out ``[B, n, Hq, Dv]`` in q's dtype or, where the backend has it, fp32, and lse ``[B, Hq, n]`` (natural log, fp32,
+            float64 for float64) of the spans' rows, span after span.
         """
 
     @abstractmethod
