@@ -20,32 +20,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from long_context.data import packed_rows
-from long_context.model import Llama, LlamaConfig
+from long_context.nnscaler_engine import Trained, inputs_of
 from nnscaler_ring import wrap_ring_attn_func
 from nnscaler_ring.annotations.policies import cut, pas_sequence, write_partition_constraints
 from nnscaler_ring.annotations.runtime import INSTALL_HINT, nnscaler_runtime
-from nnscaler_ring.plugin import summed_cross_entropy
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention inside each document."""
     return wrap_ring_attn_func(q, k, v, cu_seqlens=cu_seqlens)
-
-
-class Trained(nn.Module):
-    """The model and its loss in one module, as nnscaler cuts them together; it needs no arguments, so that it can be rebuilt."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = Llama(LlamaConfig(), attention)
-
-    def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """The sum over the targets of the cross entropy: a sum may be cut, a mean may not."""
-        return summed_cross_entropy(self.model(tokens, positions, cu_seqlens), targets)
 
 
 def main() -> None:
@@ -91,6 +77,7 @@ def parallelized(options: argparse.Namespace, inputs: dict[str, Tensor], device:
         settings = {"partition_constraints_path": str(constraints), "re_profile": True, "profile_dir": folder[0]}
         if device == "cpu":
             settings |= {"mem_constraint": 8, "parallel_profile": False}
+    Trained.attention = staticmethod(attention)
     config = nnscaler.ComputeConfig(*(plan, world_size), use_zero=int(world_size > plan), trace_strategy="cpu", pas_config=settings)
     return nnscaler.parallelize(Trained, inputs, policy, config, gen_savedir=folder[0])()
 
@@ -102,8 +89,7 @@ def train(options: argparse.Namespace, device: str) -> None:
     model: Any = None
     for step in range(options.steps):
         row = next(rows)
-        inputs = {name: getattr(row, name) for name in ("tokens", "targets", "positions", "cu_seqlens")}
-        inputs["cu_seqlens"] = fixed_length(inputs["cu_seqlens"])
+        inputs = inputs_of(row)
         if model is None:
             model = parallelized(options, inputs, device).to(device)
             optimizer = nnscaler.build_optimizer(model, torch.optim.AdamW, lr=3e-3)
@@ -117,13 +103,6 @@ def train(options: argparse.Namespace, device: str) -> None:
         optimizer.zero_grad()
         if dist.get_rank() == 0:
             print(f"step {step}: loss {loss.item() / row.num_targets:.4f}, gradient norm {float(norm):.3f}", flush=True)
-
-
-def fixed_length(cu_seqlens: Tensor, size: int = 64) -> Tensor:
-    """The boundaries with empty documents at the end: nnscaler traces tensors of one shape."""
-    if len(cu_seqlens) > size:
-        raise ValueError(f"{len(cu_seqlens) - 1} documents in a row: raise the {size} of fixed_length")
-    return torch.cat((cu_seqlens, cu_seqlens[-1:].expand(size - len(cu_seqlens))))
 
 
 if __name__ == "__main__":

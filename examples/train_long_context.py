@@ -14,10 +14,12 @@ It runs on GPUs (nccl) where there is one for each process, else on the CPU (glo
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -27,8 +29,10 @@ from tqdm import tqdm
 
 from long_context.data import Batch, packed_rows
 from long_context.engines import Step, build_dtensor_step, build_single_device_step
+from long_context.model import Attention
 from long_context.report import TOLERANCE, History, differences, save_picture
 from long_context.variants import VARIANTS
+from nnscaler_ring.annotations.runtime import INSTALL_HINT
 
 
 def main() -> None:
@@ -36,10 +40,9 @@ def main() -> None:
     if "WORLD_SIZE" not in os.environ:
         sys.exit(launch(options.world_size))
     device = join()
-    try:
-        train(options, device)
-    finally:
-        dist.destroy_process_group()
+    with ExitStack() as stack:
+        stack.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
+        train(options, device, stack)
 
 
 def parse_options() -> argparse.Namespace:
@@ -47,12 +50,19 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--variant", choices=list(VARIANTS), default="zigzag", help="the attention and its layout")
     launched = os.environ.get("WORLD_SIZE")  # set by torchrun
+    parser.add_argument(
+        "--engine", choices=["auto", "dtensor", "nnscaler"], default="auto", help="who cuts; auto: nnscaler if there"
+    )
     parser.add_argument("--world-size", type=positive, default=int(launched or 2), help="processes to start")
     parser.add_argument("--seq-len", type=positive, default=8192, help="bytes of a row")
     parser.add_argument("--steps", type=positive, default=40, help="training steps")
     parser.add_argument("--window-size", type=positive, default=512, help="keys before a query that window and streaming show it")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder of the picture")
     options = parser.parse_args()
+    if options.engine == "auto":
+        options.engine = "nnscaler" if importlib.util.find_spec("nnscaler") else "dtensor"
+    if options.engine == "nnscaler" and not importlib.util.find_spec("nnscaler"):
+        parser.error(f"--engine nnscaler: {INSTALL_HINT}")
     if launched and options.world_size != int(launched):
         parser.error(
             f"--world-size {options.world_size} under a launcher of {launched} processes: leave it out, or give both the same"
@@ -89,16 +99,25 @@ def join() -> torch.device:
     return device
 
 
-def train(options: argparse.Namespace, device: torch.device) -> None:
+def build_sharded_step(options: argparse.Namespace, attention: Attention, device: torch.device, stack: ExitStack) -> Step:
+    """The step of the engine chosen, over all processes."""
+    if options.engine == "nnscaler":
+        from long_context.nnscaler_engine import build_nnscaler_step
+
+        return build_nnscaler_step(attention, device, next(packed_rows(options.seq_len)), stack)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
+    return build_dtensor_step(attention, device, mesh)
+
+
+def train(options: argparse.Namespace, device: torch.device, stack: ExitStack) -> None:
     """All steps of both runs; rank 0 reports. Raises SystemExit where the losses differ by more than `TOLERANCE`."""
     variant = VARIANTS[options.variant]
     attention = variant.attention(options.window_size)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("cp",))
-    sharded_step = build_dtensor_step(attention, device, mesh)
+    rows = packed_rows(options.seq_len)
+    sharded_step = build_sharded_step(options, attention, device, stack)
     single_step = build_single_device_step(attention, device)
     sharded, single = History(), History()
     is_first = dist.get_rank() == 0
-    rows = packed_rows(options.seq_len)
     with tqdm(total=options.steps, unit="step", disable=not is_first, dynamic_ncols=True) as bar:
         for _ in range(options.steps):
             row = next(rows)
@@ -140,6 +159,7 @@ def report(options: argparse.Namespace, sharded: History, single: History) -> No
     print(f"picture: {os.path.relpath(path)}")
     loss = differences(sharded, single, "loss").max()
     grad_norm = differences(sharded, single, "grad_norm").max()
+    print(f"engine: {options.engine}")
     print(f"largest difference over {options.steps} steps: loss {loss:.2e}, gradient norm {grad_norm:.2e}", flush=True)
     if not loss <= TOLERANCE:
         raise SystemExit(f"the two runs do not agree: a loss differs by {loss:.2e}, more than {TOLERANCE:.0e}")

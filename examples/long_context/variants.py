@@ -38,7 +38,12 @@ class Variant:
 
     def attention(self, window_size: int) -> Attention:
         """The attention function that the model calls."""
-        return lambda q, k, v, cu_seqlens: self.op(q, k, v, cu_seqlens, window_size)
+        op = self.op
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:  # no lambda: nnscaler reads its source
+            return op(q, k, v, cu_seqlens, window_size)
+
+        return attention
 
     def mask(self, cu_seqlens: np.ndarray, window_size: int) -> mask.Mask:
         """Who sees whom in the documents of `cu_seqlens`."""
