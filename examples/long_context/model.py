@@ -45,7 +45,7 @@ class Llama(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config, attention) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.dim)
+        self.norm = RMSNorm(config.dim)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
         self.register_buffer("frequencies", config.rope_theta**-exponents, persistent=False)
@@ -60,14 +60,25 @@ class Llama(nn.Module):
         return self.head(self.norm(x))
 
 
+class RMSNorm(nn.Module):
+    """Divides by the root of the mean square of the last dim; spelled out, as nnscaler's autodist fails on torch's own."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(2, keepdim=True) + 1e-6) * self.weight
+
+
 class Layer(nn.Module):
     """Attention and feed-forward, each normalised before and added to the stream."""
 
     def __init__(self, config: LlamaConfig, attention: Attention) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim)
+        self.attention_norm = RMSNorm(config.dim)
         self.attention = SelfAttention(config, attention)
-        self.feed_forward_norm = nn.RMSNorm(config.dim)
+        self.feed_forward_norm = RMSNorm(config.dim)
         self.feed_forward = SwiGLU(config)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cu_seqlens: Tensor) -> Tensor:
