@@ -9,7 +9,7 @@ from statistics import median
 import numpy as np
 
 from benchmarks.report import markdown
-from nnscaler_ring.core import layout, mask
+from nnscaler_ring.core import layouts, mask
 from nnscaler_ring.core import plan as planner
 
 TOKENS, DOCUMENTS, RANKS = 1 << 20, 1000, 64
@@ -32,7 +32,7 @@ def table(repeats: int) -> str:
         for name in ("contiguous", "zigzag", "stripe", "zigzag-per-document"):
             if name == "zigzag-per-document" and "documents" not in about:
                 continue
-            held = layout.build(name, TOKENS, RANKS, cu)
+            held = layouts.build(name, TOKENS, RANKS, cu)
             for transport in ("ring", "all_gather", "halo"):
                 done = planner.plan(seen, held, held, transport, RANKS // 2)
                 spent = median(_cold(lambda: planner.plan(seen, held, held, transport, RANKS // 2), repeats))  # noqa: B023

@@ -41,6 +41,7 @@ from .ops import (
     wrap_sliding_window_attn_func,
     wrap_streaming_llm_attn_func,
     wrap_stripe_attn_func,
+    wrap_ulysses_attn_func,
     wrap_zigzag_attn_func,
 )
 
@@ -75,6 +76,7 @@ __all__ = [
     "wrap_sliding_window_attn_func",
     "wrap_streaming_llm_attn_func",
     "wrap_stripe_attn_func",
+    "wrap_ulysses_attn_func",
     "wrap_zigzag_attn_func",
     "zigzag_ring_flash_attn_func",
     "zigzag_ring_flash_attn_kvpacked_func",

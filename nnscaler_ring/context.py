@@ -11,26 +11,43 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .core.call import Options, Result, Rows, attend, check_names, group_name, host_table
+from .annotations.dtensor import axis_group
+from .core.call import Options, Result, Rows, attend, check_names, grid_name, group_name, host_table
 from .core.layout import Layout
+from .core.layouts import LAYOUTS, looks_at_documents, name_of, needs_documents
 from .core.mask import Mask, check_cu_seqlens
 from .core.recipe import Recipe, content, layout_of
 from .core.relayout import gather
 from .core.transport import transport_of
 
 
+def _mesh_name(mesh: DeviceMesh) -> str:
+    """The name of a mesh's group, or of its two groups."""
+    if mesh.ndim > 2:
+        raise ValueError(f"ContextParallel takes a mesh of one dim or two, got {mesh}: pass mesh['name'] of the axes meant")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"this process is not in the mesh given, {mesh}: call on its ranks only")
+    return grid_name([axis_group(mesh, axis) for axis in range(mesh.ndim)])
+
+
 class ContextParallel:
     """Ranks that share each sequence, and how they share it.
 
     Args:
-        group_or_mesh: a process group, a 1-D DeviceMesh, or None: the default group (this process alone where there is none).
-        layout: ``contiguous``, ``zigzag`` (equal work under a causal mask), ``stripe``, or ``contiguous-per-document`` and
-            ``zigzag-per-document`` for packed rows.
-        transport: ``auto``, ``ring``, ``all_gather`` or ``halo``.
+        group_or_mesh: a process group, a DeviceMesh of one or two dims, or None: the default group (this process alone where there
+            is none). Of two dims, ranks along the inner one exchange tokens for heads (Ulysses), and keys and values travel along
+            the outer one as `transport` says; rank ``o * inner + i`` of the layout is at ``mesh[o, i]``.
+        layout: ``contiguous``, ``zigzag`` (equal work under a causal mask), ``stripe``, ``balanced`` (equal work and few rows to
+            send for packed rows), ``contiguous-per-document``, ``zigzag-per-document``, or a `Layout`, for example of
+            `balanced` for a mask of one's own.
+        transport: ``auto``, ``ring``, ``grouped_ring`` (fewer merges, more memory), ``all_gather``, ``halo``, or ``all_to_all``
+            (Ulysses).
         kernel: ``auto``, or the name of a backend.
+        reduce_dtype: dtype in which gradients of keys and values travel, for example ``torch.bfloat16`` for half the bytes; None
+            for fp32 (float64 for float64). They are added up in fp32 in any case.
 
     Raises:
-        ValueError: an unknown name (lists the known), a mesh of more dims, or a group that this process is not in.
+        ValueError: an unknown name (lists the known), a mesh of more than two dims, or a group that this process is not in.
 
     Example:
         >>> cp = ContextParallel(None, layout="zigzag")
@@ -42,19 +59,16 @@ class ContextParallel:
     def __init__(
         self,
         group_or_mesh: dist.ProcessGroup | DeviceMesh | None = None,
-        layout: str = "contiguous",
+        layout: str | Layout = "contiguous",
         transport: str = "auto",
         kernel: str = "auto",
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(group_or_mesh, DeviceMesh):
-            if group_or_mesh.ndim != 1:
-                raise ValueError(
-                    f"ContextParallel takes a mesh of one dim, got {group_or_mesh}: pass mesh['name'] of the axis meant"
-                )
-            if group_or_mesh.get_coordinate() is None:
-                raise ValueError(f"this process is not in the mesh given, {group_or_mesh}: call on its ranks only")
-            group_or_mesh = group_or_mesh.get_group()
-        self._recipe = Recipe(group=group_name(group_or_mesh), layout=layout, transport=transport, kernel=kernel)
+        name = _mesh_name(group_or_mesh) if isinstance(group_or_mesh, DeviceMesh) else group_name(group_or_mesh)
+        if reduce_dtype is not None and not reduce_dtype.is_floating_point:
+            raise ValueError(f"reduce_dtype={reduce_dtype}: give a floating dtype, or None for fp32")
+        reduced = "" if reduce_dtype is None else str(reduce_dtype).removeprefix("torch.")
+        self._recipe = Recipe(group=name, layout=name_of(layout), transport=transport, kernel=kernel, reduce_dtype=reduced)
         check_names(self._recipe)
         self._transport = transport_of(self._recipe.group)
         self.rank: int = self._transport.ranks[0]
@@ -62,13 +76,14 @@ class ContextParallel:
 
     def __repr__(self) -> str:
         r = self._recipe
-        return f"ContextParallel(rank {self.rank} of {self.world_size}, {r.layout}, transport={r.transport}, kernel={r.kernel})"
+        layout = r.layout if r.layout in LAYOUTS else "a layout given"
+        return f"ContextParallel(rank {self.rank} of {self.world_size}, {layout}, transport={r.transport}, kernel={r.kernel})"
 
     def _layout(self, seq_len: int, cu_seqlens: Tensor | None) -> Layout:
         cu = host_table("cu_seqlens", cu_seqlens)
         if cu is not None:
             check_cu_seqlens("cu_seqlens", cu.numpy(), seq_len)
-        elif self._recipe.layout.endswith("per-document"):
+        elif needs_documents(self._recipe.layout):
             raise ValueError(f"layout {self._recipe.layout!r} cuts each document: pass cu_seqlens")
         return layout_of(self._recipe.layout, seq_len, self.world_size, content(cu))
 
@@ -148,8 +163,7 @@ class ContextParallel:
             ValueError, NotImplementedError: see `core.call.attend`.
         """
         rows = Rows(seq_len=options.pop("seq_len", None), cu_seqlens_q=cu_seqlens, slices=mask if isinstance(mask, Mask) else None)
-        per_document = self._recipe.layout.endswith("per-document")  # where the layout, not the mask, needs the documents
-        documents = cu_seqlens is not None and not per_document
+        documents = cu_seqlens is not None and not looks_at_documents(self._recipe.layout)  # for the mask, not for the layout
         if isinstance(mask, Mask) and (documents or {"window_size", "sinks", "prefix"} & options.keys()):
             raise ValueError("a Mask says everything: leave out cu_seqlens, window_size, sinks and prefix")
         if not isinstance(mask, Mask) and mask not in ("causal", "full"):

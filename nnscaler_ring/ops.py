@@ -21,10 +21,12 @@ from torch.distributed.tensor import DTensor
 
 from .annotations import dtensor, nnscaler
 from .annotations.spec import SPECS, OpSpec
-from .core.call import Group, Options, Result, Rows, attend, check, check_qkv, group_name
+from .core.call import Group, Options, Result, Rows, attend, check, check_qkv, grid_name, group_name
 from .core.mask import check_window
+from .core.plan import check_transport
 from .core.recipe import Recipe
 from .core.relayout import relayout
+from .core.transport import is_grid
 from .fronts import fixed
 
 
@@ -93,17 +95,30 @@ class _Call:
             )
         call = replace(self, cu_seqlens_q=dtensor.local(self.cu_seqlens_q), cu_seqlens_k=dtensor.local(self.cu_seqlens_k))
 
-        def on_shards(shards: Sequence[Tensor], ring: dist.ProcessGroup | None, total: tuple[int, int]) -> tuple[Tensor, Tensor]:
-            return call._on_group(shards, "local:1" if ring is None else group_name(ring), total)
+        def on_shards(
+            shards: Sequence[Tensor], rings: Sequence[dist.ProcessGroup], total: tuple[int, int]
+        ) -> tuple[Tensor, Tensor]:
+            return call._on_group(shards, grid_name(rings), total)
 
         return dtensor.run(self.spec, q, k, v, on_shards)
+
+    def _transport(self, group: str) -> str:
+        """How rows travel; in a grid heads travel within the teams, and rows between them as the call says."""
+        asked, own = check_transport(self.settings.transport), self.spec.transport
+        if own == "auto" or is_grid(group):
+            return asked
+        if asked not in ("auto", own):
+            raise ValueError(
+                f"{self.spec.name}: transport={asked!r} is for the outer of two mesh axes; over one, heads travel: leave it out"
+            )
+        return own
 
     def _on_group(self, shards: Sequence[Tensor], group: str, lengths: Sequence[int | None]) -> tuple[Tensor, Tensor]:
         """out and lse of this rank's tokens: to the op's own layout, through the engine, and back."""
         q, k, v = shards
         given = self.settings
         inner = given.layout if group == "local:1" else self.spec.layout
-        recipe = Recipe(group=group, layout=inner, transport=given.transport, kernel=given.kernel)
+        recipe = Recipe(group=group, layout=inner, transport=self._transport(group), kernel=given.kernel)
         q_len, k_len = lengths
         rows = Rows(seq_len=q_len, seq_len_k=k_len, cu_seqlens_q=self.cu_seqlens_q, cu_seqlens_k=self.cu_seqlens_k)
         options = replace(given.options, return_attn_probs=True)
@@ -229,7 +244,7 @@ def _dense_attn(
             None: this process alone.
         cu_seqlens: int32 boundaries of documents packed in the row ``[0, ..., S]``, the same in every batch row.
         layout: order of the tokens passed: ``contiguous`` for natural order, or the op's own layout.
-        transport: ``auto``, ``ring``, ``all_gather`` or ``halo``.
+        transport: ``auto``, ``ring``, ``grouped_ring``, ``all_gather``, ``halo`` or ``all_to_all``.
         kernel: ``auto``, or the name of a backend.
         seq_len: tokens of the whole sequence, for plain shards of different lengths.
 
@@ -267,6 +282,14 @@ wrap_stripe_attn_func = fixed(
     "wrap_stripe_attn_func",
     "Striped attention (Brandon et al., arXiv:2311.09431): inside, rank `r` holds tokens ``r, r+P, r+2P, ...``.",
     op="wrap_stripe_attn_func",
+)
+
+wrap_ulysses_attn_func = fixed(
+    _dense_attn,
+    "wrap_ulysses_attn_func",
+    "Ulysses: ranks exchange tokens for heads and back (Jacobs et al., arXiv:2309.14509). Over two mesh axes heads travel within "
+    "the inner one, and keys and values along the outer one as `transport` says.",
+    op="wrap_ulysses_attn_func",
 )
 
 

@@ -86,7 +86,7 @@ def run(
     """The answer by the op, for a ``local:N`` group."""
     leaves = [x.detach().clone().requires_grad_() for x in given[:3]]
     cus = [None if cu is None else torch.tensor(cu, dtype=torch.int32) for cu in (cu_q, cu_k)]
-    out, lse = engine.attention(*leaves, *cus, table(slices), given.q.shape[1], given.k.shape[1], scale, str(recipe))
+    out, lse, _ = engine.attention(*leaves, *cus, table(slices), given.q.shape[1], given.k.shape[1], scale, str(recipe))
     return Answer(out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, given.d_out))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import nnscaler_ring
 from nnscaler_ring import llama3_flash_attn_prepare_cu_seqlens
-from nnscaler_ring.core.layout import LAYOUTS
+from nnscaler_ring.core.layouts import LAYOUTS
 from tests.test_functional import DENSE, PREPARED, VARLEN, packings, stacked
 from tests.test_ops import OPS
 from tests.worlds import Seen, Shape, check_call, held, no_faults, place, refusal, told, whole

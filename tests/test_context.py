@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nnscaler_ring import ContextParallel, Mask
-from nnscaler_ring.core.layout import LAYOUTS
+from nnscaler_ring.core.balance import balanced
+from nnscaler_ring.core.layout import Layout
+from nnscaler_ring.core.layouts import LAYOUTS
 from nnscaler_ring.core.mask import NO_LIMIT
 from tests.worlds import Seen, Shape, check_call, held, naming, no_communication, no_faults, place, refusal, told, whole
 
@@ -110,7 +113,7 @@ USES = [
 
 def uses(layout: str) -> Iterator[tuple[Use, str, str]]:
     for n, each in enumerate(USES):
-        transport = ("auto", "ring", "all_gather", "halo")[n % 4]
+        transport = ("auto", "ring", "all_gather", "halo", "all_to_all", "grouped_ring")[n % 6]
         kernel = ("auto", "aten" if each.shape.packed else "reference")[n % 5 == 0]
         if (each.seen.cu is not None) >= per_document(layout):
             yield each, transport, kernel
@@ -146,6 +149,26 @@ def test_attention_on_one_process() -> None:
     no_faults([attends(0, 1)])
 
 
+def on_a_layout_of_one_s_own(rank: int, world_size: int) -> list[str]:
+    """Balanced for a mask of slices; runs dealt by hand."""
+    seen = Seen(slices=SLICES)
+    mask, truth, faults = Mask(SLICES, 24), whole(Shape(), seen), []
+    dealt = Layout(np.array([[n % world_size, 3 * n, 3] for n in range(8)]), 24, world_size)
+    for layout in (balanced(mask, world_size), dealt):
+        cp, rows = ContextParallel(layout=layout), torch.from_numpy(layout.positions(rank))
+        assert torch.equal(cp.position_ids(24), rows) and "a layout given" in repr(cp)
+        call = lambda q, k, v, cp=cp: cp.attention(q, k, v, mask, seq_len=24)  # noqa: E731
+        faults += told(layout, check_call(call, truth, rows))
+        x = torch.arange(24.0)
+        assert torch.equal(cp.unshard(cp.shard(x, 0), 0, seq_len=24), x)
+    return faults
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_layout_of_one_s_own(ranks, world_size: int) -> None:
+    no_faults(ranks(world_size).run(on_a_layout_of_one_s_own))
+
+
 def as_a_model(rank: int, world_size: int) -> list[str]:
     """Shard, attention, unshard, a loss on the whole: the sum of the ranks' gradients is the gradient."""
     truth, faults = whole(Shape(), Seen(causal=True)), []
@@ -179,7 +202,8 @@ def on_meshes(rank: int, world_size: int) -> list[str]:
         cp = ContextParallel(each, layout="zigzag")
         assert (cp.rank, cp.world_size) == (own, 2)
         faults += told(each, check_call(cp.attention, truth, held("zigzag", 24, 2, own)))
-    faults += told("two dims", refusal(lambda: ContextParallel(mesh), ValueError, ["one dim", "mesh['name']"]))
+    cube = init_device_mesh(device.type, (2, 2, 1), mesh_dim_names=("x", "y", "z"))
+    faults += told("three dims", refusal(lambda: ContextParallel(cube), ValueError, ["one dim or two", "mesh['name']"]))
     middle = DeviceMesh(device.type, [1, 2])
     group = dist.new_group([1, 2])
     for each in (middle, group):
@@ -189,6 +213,64 @@ def on_meshes(rank: int, world_size: int) -> list[str]:
             faults += told("not in it", refusal(lambda each=each: ContextParallel(each), ValueError, ["not"]))
     flat = ContextParallel(mesh._flatten("all"))
     return faults + told("flat", check_call(flat.attention, truth, held("contiguous", 24, 4, rank)))
+
+
+def on_grids(rank: int, world_size: int) -> list[str]:
+    """Heads along the inner axis of a mesh, rows along the outer one."""
+    device, dtype = place()
+    faults = []
+    for sizes in ((2, world_size // 2), (1, world_size), (world_size, 1)):
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("outer", "inner"))
+        for layout in LAYOUTS:
+            for each, transport, kernel in uses(layout):
+                if transport == "all_to_all":
+                    continue
+                cp = ContextParallel(mesh, layout=layout, transport=transport, kernel=kernel)
+                assert (cp.rank, cp.world_size) == (rank, world_size)
+                given = {"cu_seqlens": table(each.seen.cu), **each.call} | ({} if each.mask is None else {"mask": each.mask})
+                if each.seen.slices is not None:
+                    given["mask"] = Mask(each.seen.slices, each.shape.seq)
+                truth = whole(each.shape, each.seen, each.call.get("softmax_scale"))
+                rows = held(layout, each.shape.seq, world_size, rank, each.seen.cu)
+                call = lambda q, k, v, cp=cp, given=given: cp.attention(q, k, v, **given)  # noqa: E731
+                with naming((sizes, layout, each)):
+                    answer = check_call(call, truth, rows, probs=each.call.get("return_attn_probs", False))
+                faults += told((sizes, layout, each), answer)
+        cp = ContextParallel(mesh, layout="zigzag")
+        x = torch.arange(25, device=device, dtype=dtype)
+        assert torch.equal(cp.unshard(cp.shard(x, 0), 0, seq_len=25), x)
+    return faults + told("heads twice", refusal(lambda: ContextParallel(mesh, transport="all_to_all"), ValueError, ["grid"]))
+
+
+def test_grids(ranks) -> None:
+    no_faults(ranks(4).run(on_grids))
+
+
+def reduced(rank: int, world_size: int) -> None:
+    """Gradients that travel in bfloat16 are off by a rounding of each rank's part, and no more."""
+    device, _ = place()
+    truth = whole(Shape(), Seen(causal=True), dtype=torch.float32)
+    rows = held("zigzag", 24, world_size, rank).to(device)
+    errors = {}
+    for dtype in (None, torch.bfloat16):
+        for transport in ("ring", "halo", "all_to_all"):
+            cp = ContextParallel(layout="zigzag", transport=transport, reduce_dtype=dtype)
+            q, k, v = (x.index_select(1, rows).requires_grad_() for x in (truth.q, truth.k, truth.v))
+            cp.attention(q, k, v).backward(truth.grad.index_select(1, rows))
+            grads = {"dk": k.grad, "dv": v.grad}
+            errors[dtype, transport] = max(_far(x, truth.want[name].index_select(1, rows.cpu())) for name, x in grads.items())
+    for transport in ("ring", "halo"):
+        assert errors[None, transport] < 1e-5 < errors[torch.bfloat16, transport] < 2.0**-8 * world_size * 8
+    assert errors[None, "all_to_all"] < 1e-5
+
+
+def _far(have: Tensor | None, want: Tensor) -> float:
+    assert have is not None
+    return (have.cpu().double() - want).abs().max().item()
+
+
+def test_reduce_dtype(ranks) -> None:
+    ranks(2).run(reduced)
 
 
 def test_meshes(ranks) -> None:
@@ -201,6 +283,7 @@ CAUSAL = Mask([(0, 8, 0, 8, -NO_LIMIT, 0)], 8)
 REFUSED: list[tuple[dict[str, Any], Callable[[ContextParallel, Tensor], Any], list[str]]] = [
     ({"layout": "zig-zag"}, lambda cp, x: None, ["'zig-zag'", *LAYOUTS]),
     ({"transport": "pigeon"}, lambda cp, x: None, ["'pigeon'", "auto", "ring", "all_gather", "halo"]),
+    ({"reduce_dtype": torch.int32}, lambda cp, x: None, ["reduce_dtype", "torch.int32", "floating"]),
     ({"kernel": "magic"}, lambda cp, x: None, ["'magic'", "auto", "aten", "reference"]),
     ({}, lambda cp, x: cp.attention(x, x, x, mask="window"), ["'window'", "'causal'", "'full'", "Mask"]),
     ({}, lambda cp, x: cp.attention(x, x, x, mask=None), ["'causal'", "'full'", "Mask"]),

@@ -38,7 +38,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core import engine, layout, mask
+from nnscaler_ring.core import engine, layouts, mask
 from nnscaler_ring.core.kernels.base import Grad, Spans, Window
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.plan import plans
@@ -178,7 +178,7 @@ def test_counts(name: str, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     # 1. the plans
     cu = named.get("cu_seqlens_q")
-    rows = layout.build(variant.layout, length, world, None if cu is None else np.array(cu))
+    rows = layouts.build(variant.layout, length, world, None if cu is None else np.array(cu))
     made = list(plans(mask.build(length, **named), rows, rows, variant.transport))
     assert [Want(p.rows_sent, p.grad_rows_sent, p.num_calls, p.num_merges) for p in made] == want
 
@@ -197,7 +197,7 @@ def test_counts(name: str, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = HEADS_K // variant.heads_stride if variant.heads_stride else 1
     elements = BATCH * HEADS_K * (DIM + DIM_V)
     documents = None if cu is None else torch.tensor(cu)
-    out, _ = engine.attention(q, k, v, documents, None, None, length, length, 0.4, str(recipe))
+    out, *_ = engine.attention(q, k, v, documents, None, None, length, length, 0.4, str(recipe))
     assert counter.bytes_sent() == [w.sent * elements * 2 for w in want]
     assert (counter.forward, counter.merges) == (splits * sum(w.calls for w in want), splits * sum(w.merges for w in want))
     out.backward(given.d_out)
@@ -213,7 +213,7 @@ def test_causal_zigzag_moves_three_quarters_of_the_full_ring(world: int) -> None
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_documents_that_stay_on_their_rank_need_no_traffic(world: int) -> None:
     length = N * world
-    rows = layout.build("contiguous", length, world)
+    rows = layouts.build("contiguous", length, world)
     documents = mask.build(length, causal=True, cu_seqlens_q=np.arange(0, length + 1, N // 2))
     for transport in ("ring", "halo", "all_gather"):
         for p in plans(documents, rows, rows, transport):
@@ -227,7 +227,7 @@ def test_work_is_balanced_where_a_layout_promises_it(world: int) -> None:
     causal = mask.build(length, causal=True)
     pairs = {}
     for name in ("contiguous", "zigzag", "stripe"):
-        rows = layout.build(name, length, world)
+        rows = layouts.build(name, length, world)
         pairs[name] = [p.pairs for p in plans(causal, rows, rows, "ring")]
     assert pairs["contiguous"] == [N * (N + 1) // 2 + r * N * N for r in range(world)]
     assert pairs["zigzag"] == [length * (length + 1) // 2 // world] * world

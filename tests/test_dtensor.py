@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import nnscaler_ring
-from tests.test_ops import DOCUMENTS, LSE, OPS, RING, SLIDING, Use, probs, use
+from tests.test_ops import DOCUMENTS, LSE, OPS, RING, SLIDING, ULYSSES, Use, probs, use
 from tests.worlds import Seen, Shape, Whole, held, naming, no_faults, place, refusal, told, whole
 
 VARLEN, ZIGZAG, STRIPE = "wrap_ring_attn_varlen_func", "wrap_zigzag_attn_func", "wrap_stripe_attn_func"
@@ -108,9 +108,15 @@ def along_two_axes(rank: int, world_size: int) -> list[str]:
                 faults += check_dtensors(use(name), mesh, cut, layout=name.split("_")[1])
     uneven = use(ZIGZAG, Shape(batch=3, seq=23))
     faults += check_dtensors(uneven, mesh, "BS") + check_dtensors(uneven, mesh, "SB")
+    for each in OPS[ULYSSES]:  # ring outside, heads inside
+        faults += check_dtensors(each, mesh, "SS")
+        faults += check_dtensors(replace(each, call={**each.call, "transport": "all_gather"}), mesh, "SS")
     narrow = init_device_mesh(device.type, (2, 1, 2), mesh_dim_names=("x", "y", "z"))
     for cut in ("BHS", "SRH", "HSB", "BSH"):  # a ring of one rank among them
         faults += check_dtensors(use(ZIGZAG), narrow, cut)
+    for cut in ("SSB", "BSS", "HSS", "SSR"):  # teams of one rank, or one team
+        for transport in ("auto", "ring"):
+            faults += check_dtensors(use(ULYSSES, transport=transport), narrow, cut)
     return faults
 
 
@@ -237,7 +243,10 @@ REFUSED = [
     Refused(q=[R], k=[SEQ], name="wrap_zigzag_attn_func"),
     Refused(q=[R], k=[SEQ], name="wrap_streaming_llm_attn_func", call={"window_size": 3}),
     Refused(q=[SEQ, DIM], mesh=(2, 2)),
-    Refused(q=[SEQ, SEQ], mesh=(2, 2), words=["two mesh axes", "_flatten"]),
+    Refused(q=[SEQ, SEQ], mesh=(2, 2), words=["2 mesh axes", "_flatten", "wrap_ulysses_attn_func"]),
+    Refused(q=[SEQ, SEQ], mesh=(2, 2), name=ULYSSES, shape=Shape(seq=22), words=["22 query", "2 x 2", "pad"]),
+    Refused(q=[SEQ], name=ULYSSES, call={"transport": "ring"}, words=["'ring'", "two mesh axes"]),
+    Refused(q=[SEQ, SEQ], mesh=(2, 2), name=ULYSSES, call={"transport": "all_to_all"}, words=["all_to_all", "grid"]),
     Refused(q=[HEADS], shape=Shape(heads=6, heads_k=6), words=["6 query and 6 key heads", "mesh axis 0 of 4"]),
     Refused(q=[HEADS], k=[HEADS], shape=Shape(heads=8, heads_k=2), words=["8 query and 2 key heads", "mesh axis 0 of 4"]),
     Refused(q=[SEQ], call={"process_group": [0, 1, 2, 3]}, words=["process_group", "mesh"]),

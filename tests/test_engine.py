@@ -32,7 +32,7 @@ def leaves(given: oracle.Inputs) -> list[Tensor]:
 
 
 def op(q: Tensor, k: Tensor, v: Tensor, how: Recipe, scale: float = SCALE) -> tuple[Tensor, Tensor]:
-    return engine.attention(q, k, v, None, None, None, q.shape[1], k.shape[1], scale, str(how))
+    return engine.attention(q, k, v, None, None, None, q.shape[1], k.shape[1], scale, str(how))[:2]
 
 
 HOW = [
@@ -77,7 +77,7 @@ def test_calls_share_no_memory(how: Recipe) -> None:
     answers = []
     for _ in range(2):
         out, lse = op(*given[:3], how)
-        grads = engine.attention_backward(given.d_out, *given[:3], out, lse, *rest)
+        grads = engine.attention_backward(given.d_out, *given[:3], out, lse, [], *rest)
         answers.append([x.clone() for x in (out, lse, *grads)])
         for x in (out, lse, *grads):
             assert all(x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() for y in given)
@@ -204,11 +204,13 @@ def test_opcheck(dtype: torch.dtype) -> None:
     given = oracle.inputs(0, SIZES, SMALL, dtype)
     cu, slices = torch.tensor([0, 4, 4, 21], dtype=torch.int32), oracle.table([(0, 21, 0, 21, -3, 0)])
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for tables in ((None, None, None), (cu, None, None), (cu, cu, slices)):
-        rest = (*tables, 21, 21, SCALE, str(recipe()))
+    ways = [((None, None, None), recipe()), ((cu, None, None), recipe()), ((cu, cu, slices), recipe())]
+    ways.append(((None, None, None), recipe(transport="all_to_all")))
+    for tables, how in ways:
+        rest = (*tables, 21, 21, SCALE, str(how))
         torch.library.opcheck(engine.attention, (*leaves(given), *rest), test_utils=utils)
-        out, lse = engine.attention(*given[:3], *rest)
-        saved = (given.d_out, *given[:3], out, lse)
+        out, lse, kept = engine.attention(*given[:3], *rest)
+        saved = (given.d_out, *given[:3], out, lse, kept)
         torch.library.opcheck(engine.attention_backward, (*saved, *rest), test_utils=("test_schema", "test_faketensor"))
 
 

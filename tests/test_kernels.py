@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core import kernels, layout, mask
+from nnscaler_ring.core import kernels, layouts, mask
 from nnscaler_ring.core.kernels import KERNELS, Case, Grad, Kernel, check_kernel, choose, tiles
 from nnscaler_ring.core.kernels.base import Window
 from nnscaler_ring.core.plan import plans
@@ -304,7 +304,7 @@ def test_the_cpu_kernel_computes_little_more_than_is_visible(name: str, length: 
     """
     seen = mask.build(length, **VISIBLE[name])
     for world, place, transport in itertools.product((1, 2, 4, 8), ("contiguous", "zigzag"), ("ring", "halo", "all_gather")):
-        rows = layout.build(place, length, world)
+        rows = layouts.build(place, length, world)
         for p in plans(seen, rows, rows, transport):
             done = sum(
                 tiles.computed_pairs(piece)

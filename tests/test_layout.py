@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from nnscaler_ring.core.layout import LAYOUTS, Layout, build
+from nnscaler_ring.core.layout import Layout
+from nnscaler_ring.core.layouts import LAYOUTS, build, name_of
 from tests.shapes import WORLDS
 
 LENGTHS = (0, 1, 2, 3, 5, 7, 8, 16, 31, 32, 33, 97)
@@ -119,6 +120,15 @@ def test_a_layout_is_its_content() -> None:
     with pytest.raises(ValueError, match="read-only"):
         a.runs[0, 0] = 1
     assert repr(a) == "Layout(3 runs of stride 1, length=16, world_size=2)"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_as_a_string(name: str) -> None:
+    held = build(name, 29, 4, np.array([0, 3, 10, 10, 11, 29]))
+    assert build(name_of(held), 29, 4) == held and name_of(name) == name
+    for length, world in ((28, 4), (29, 2)):
+        with pytest.raises(ValueError, match="holds 29 tokens on 4 ranks"):
+            build(name_of(held), length, world)
 
 
 def test_an_unknown_name_lists_the_known() -> None:

@@ -69,7 +69,9 @@ def test_nothing_is_traced_without_a_tracer() -> None:
     assert not adapter.tracing()
 
 
-@pytest.mark.parametrize("name", ["wrap_ring_attn_func", "wrap_zigzag_attn_func", "wrap_stripe_attn_func"])
+@pytest.mark.parametrize(
+    "name", ["wrap_ring_attn_func", "wrap_zigzag_attn_func", "wrap_stripe_attn_func", "wrap_ulysses_attn_func"]
+)
 def test_a_piece_without_its_ring_does_one_rank_s_work(name: str) -> None:
     q, k, v = (torch.randn(1, 8, 2, 4, requires_grad=True) for _ in range(3))
     whole = nnscaler_ring.ops.dense_attention(q, k, v, op=name)
@@ -162,6 +164,11 @@ class StripeNatural(Dense):
         return nnscaler_ring.wrap_stripe_attn_func(q, k, v, window_size=(5, 0))
 
 
+class Ulysses(Dense):
+    def op(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        return nnscaler_ring.wrap_ulysses_attn_func(q, k, v)
+
+
 class Sliding(Dense):
     def op(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
         return nnscaler_ring.wrap_sliding_window_attn_func(q, k, v, 3)
@@ -190,7 +197,7 @@ class Shuffled(Dense):
         return plugin.wrap_maybe_unshuffle(out, cu)
 
 
-MODELS = [Dense, DenseMqa, RingPacked, RingLse, ZigzagNatural, StripeNatural, Sliding, Streaming, Varlen, Shuffled]
+MODELS = [Dense, DenseMqa, RingPacked, RingLse, ZigzagNatural, StripeNatural, Ulysses, Sliding, Streaming, Varlen, Shuffled]
 DENSE_CUTS = [(idx, dim) for idx in range(3) for dim in range(3)]
 PACKED_CUTS = [(idx, dim) for idx in range(3) for dim in range(2)]
 

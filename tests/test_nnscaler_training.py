@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import nnscaler_ring
 from nnscaler_ring.annotations.policies import cut, pas_sequence
 from nnscaler_ring.annotations.runtime import nnscaler_runtime
-from nnscaler_ring.core import layout
+from nnscaler_ring.core import layouts
 from nnscaler_ring.plugin import summed_cross_entropy
 from tests.distributed import run_ranks
 from tests.test_nnscaler_runtime import needs_nnscaler, under_torchrun
@@ -161,7 +161,7 @@ def trained(run: Run, directory: Path) -> dict[str, Any]:
     where = {"gen_savedir": str(directory), "instance_name": run.name}
     inputs = [batch(0), batch(1)] if run.stages else [batch(0)]
     if run.model is Ordered:
-        held = layout.build("zigzag", SEQ, run.plan)
+        held = layouts.build("zigzag", SEQ, run.plan)
         order = torch.cat([torch.from_numpy(held.positions(r)) for r in range(run.plan)])
         fed = [{name: x[:, order] for name, x in each.items()} for each in inputs]
     else:

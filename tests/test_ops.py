@@ -71,19 +71,36 @@ def varlen(name: str) -> list[Use]:
         use(name, packed, **both),
         use(name, Shape(heads_k=1, dim_v=16, packed=True), causal=True, softmax_scale=0.4, bias=None, **both, **LSE),
         use(name, packed, window_size=(3, 2), transport="ring", **both, **LSE),
+        use(name, packed, causal=True, transport="all_to_all", **both, **LSE),
         use(name, packed, causal=True, window_size=(9, 0), cu_seqlens_q=(0, 24), cu_seqlens_k=(0, 24)),
         use(name, Shape(packed=True, seq_k=36), softmax_scale=0.4, **other, **LSE),
         use(name, Shape(packed=True, seq_k=36), causal=True, **other, **LSE),
     ]
 
 
-RING, STRIPE = "wrap_ring_attn_func", "wrap_stripe_attn_func"
+RING, STRIPE, ULYSSES = "wrap_ring_attn_func", "wrap_stripe_attn_func", "wrap_ulysses_attn_func"
 SLIDING, STREAMING = "wrap_sliding_window_attn_func", "wrap_streaming_llm_attn_func"
 NON_CAUSAL: list[dict[str, Any]] = [{}, {"window_size": (4, 3), **LSE}, {"window_size": (-1, 2), "softmax_scale": 0.4}]
 OPS: dict[str, list[Use]] = {
     RING: [*dense(RING), *(use(RING, causal=False, **call) for call in NON_CAUSAL)],
     "wrap_zigzag_attn_func": dense("wrap_zigzag_attn_func"),
     STRIPE: [*dense(STRIPE), *(use(STRIPE, causal=False, **call) for call in NON_CAUSAL)],
+    ULYSSES: [
+        use(ULYSSES),
+        use(
+            ULYSSES,
+            Shape(heads=8, heads_k=8, dim_v=16),
+            causal=True,
+            window_size=(5, 2),
+            softmax_scale=0.4,
+            deterministic=True,
+            **LSE,
+        ),
+        use(ULYSSES, Shape(heads=6), cu_seqlens=DOCUMENTS, **LSE),
+        use(ULYSSES, Shape(batch=3, heads=2, heads_k=1), window_size=(30, 0), kernel="reference"),
+        use(ULYSSES, Shape(seq_k=36, heads=12, heads_k=4), causal=False, **LSE),
+        use(ULYSSES, MQA, causal=False, window_size=(4, 3)),
+    ],
     "wrap_ring_attn_varlen_func": varlen("wrap_ring_attn_varlen_func"),
     SLIDING: [
         use(SLIDING, window_size=3),

@@ -9,7 +9,8 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 
-from nnscaler_ring.core.layout import LAYOUTS, Layout, build
+from nnscaler_ring.core.layout import Layout
+from nnscaler_ring.core.layouts import LAYOUTS, build
 from nnscaler_ring.core.mask import Mask
 from nnscaler_ring.core.mask import build as build_mask
 from nnscaler_ring.core.plan import TRANSPORTS, Calls, RankPlan, check_transport, choose, plan, plans
@@ -61,14 +62,28 @@ class World:
             assert first.size == p.k_rows and not first.send and not first.receive
             self.compute(p, 0, buffers[p.rank], homes[p.rank], written[p.rank])
         arriving = [np.zeros(0, dtype=int) for _ in world]  # gradients that the ranks before have gathered for a buffer's rows
+        opened, memories = 1, [np.zeros(0, dtype=int) for _ in world]
         for t in range(1, len(self.plans[0].steps)):
             buffers = self.deliver(t, buffers)
-            grads = [np.zeros(len(b), dtype=int) for b in buffers]
             for p in self.plans:
-                self.compute(p, t, buffers[p.rank], grads[p.rank], written[p.rank])
-                if len(arriving[p.rank]):
-                    grads[p.rank] += arriving[p.rank]
-            arriving = self.send_home(t, grads, homes)
+                step = p.steps[t]
+                memories[p.rank] = np.full(step.room, -1) if t == opened else memories[p.rank]
+                assert (t == opened) or step.room == 0
+                memories[p.rank][step.at : step.at + step.size] = buffers[p.rank]
+                assert step.ends == self.plans[0].steps[t].ends and (step.ends or not step.calls)
+            if not self.plans[0].steps[t].ends:
+                continue
+            grads = [np.zeros(len(m), dtype=int) for m in memories]
+            for p in self.plans:
+                assert (memories[p.rank] >= 0).all(), "the steps fill their memory"
+                self.compute(p, t, memories[p.rank], grads[p.rank], written[p.rank])
+            for s in range(opened, t + 1):
+                parts = [g[p.steps[s].at : p.steps[s].at + p.steps[s].size] for p, g in zip(self.plans, grads, strict=True)]
+                for part, gathered in zip(parts, arriving, strict=True):
+                    if len(gathered):
+                        part += gathered
+                arriving = self.send_home(s, parts, homes)
+            opened = t + 1
         assert not any(len(a) for a in arriving), "no gradient is left on the way"
         self.home = np.zeros(self.k.length, dtype=int)
         for rank in world:
@@ -164,7 +179,7 @@ def test_a_world_computes_what_the_mask_says(kind: str, transport: str) -> None:
             best = "ring" if ring_rows(reads, k) <= sum(straight) else "halo"
             assert choose(mask, q, k) == (best if world > 1 else "all_gather")
             assert sum(sent) == min(ring_rows(reads, k), sum(straight))
-        elif transport == "ring":
+        elif transport in ("ring", "grouped_ring"):
             assert sum(sent) == ring_rows(reads, k)
             assert sum(p.grad_rows_sent for p in walked.plans) == sum(sent)
         elif transport == "broadcast":
@@ -205,7 +220,9 @@ def test_a_plan_prints() -> None:
 
 
 def test_an_unknown_transport_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="unknown transport 'pigeon': choose one of auto, ring, all_gather, halo, broadcast"):
+    with pytest.raises(
+        ValueError, match="unknown transport 'pigeon': choose one of auto, ring, grouped_ring, all_gather, halo, broadcast"
+    ):
         check_transport("pigeon")
     assert [check_transport(name) for name in ("auto", *TRANSPORTS)] == ["auto", *TRANSPORTS]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnscaler_ring.core.layout import LAYOUTS
+from nnscaler_ring.core.layouts import LAYOUTS
 from nnscaler_ring.core.plan import TRANSPORTS
 from nnscaler_ring.core.recipe import Recipe
 from tests import oracle
@@ -20,6 +20,7 @@ from tests.shapes import KINDS, WORLDS, MaskCase, random_mask
 CHUNKS, CASES = 32, 100
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 KERNELS = ("reference", "aten")
+TRANSPORT_NAMES = ("auto", "all_to_all", *TRANSPORTS)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,10 +62,11 @@ def _case(rng: np.random.Generator, number: int) -> Case:
     k_len = q_len if rng.random() < 0.7 else int(rng.integers(1, 48))
     mask = random_mask(rng, q_len, k_len, one(*KINDS), packed=rng.random() < 0.4)
     heads_k = int(rng.integers(1, 4))
-    transport = one("auto", *TRANSPORTS)
+    transport = one(*TRANSPORT_NAMES)
+    inner = one(*(n for n in range(1, world + 1) if world % n == 0)) if transport != "all_to_all" and rng.random() < 0.5 else 1
     named = {} if mask.slices is not None else mask.named
     recipe = Recipe(
-        group=f"local:{world}",
+        group=f"local:{world}" if inner == 1 else f"local:{world // inner}x{inner}",
         layout=one(*LAYOUTS),
         transport=transport,
         kernel=one(*KERNELS),
@@ -101,7 +103,7 @@ def test_there_are_enough_cases_of_everything() -> None:
         {"packed", "one"},
         {"equal", "unequal"},
         set(LAYOUTS),
-        {"auto", *TRANSPORTS},
+        set(TRANSPORT_NAMES),
         set(WORLDS),
         set(KERNELS),
         {1, 2, 3},
@@ -122,6 +124,10 @@ def test_there_are_enough_cases_of_everything() -> None:
     assert sum(bool(case.mask.q_len % (2 * case.world)) for case in everything) > 1000
     assert sum(case.heads[2] != case.heads[3] for case in everything) > 1000
     assert sum(case.recipe.heads_stride > 0 for case in everything) > 100
+    assert sum("x" in case.recipe.group for case in everything) > 500, "grids"
+    ulysses = [case for case in everything if case.recipe.transport == "all_to_all"]
+    assert sum(case.world > case.heads[1] for case in ulysses) > 100, "more ranks than key heads"
+    assert sum(bool(case.heads[0] % case.world) for case in ulysses) > 100, "heads that do not divide"
     assert sum(not case.mask.seen().any(1).all() for case in everything) > 100, "rows that see nothing"
 
 

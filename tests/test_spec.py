@@ -28,7 +28,8 @@ LLAMA3 = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, heads_k_stride
 # Parameters as api.md writes them, in its sections 1, 2, 3 and 6; what follows them here must be keyword-only.
 SIGNATURES: dict[str, str] = {
     **dict.fromkeys(
-        ("wrap_ring_attn_func", "wrap_zigzag_attn_func", "wrap_stripe_attn_func"), f"q, k, v, {WRAP}, process_group=None"
+        ("wrap_ring_attn_func", "wrap_zigzag_attn_func", "wrap_stripe_attn_func", "wrap_ulysses_attn_func"),
+        f"q, k, v, {WRAP}, process_group=None",
     ),
     "wrap_ring_attn_varlen_func": f"q, k, v, cu_seqlens_q, cu_seqlens_k, {TAIL}, process_group=None",
     "wrap_sliding_window_attn_func": "q, k, v, window_size, softmax_scale=None, dropout_p=0.0, causal=True",
@@ -166,7 +167,7 @@ def test_spec_agrees_with_the_op(name: str) -> None:
         truth = whole(each.shape, each.seen, each.scale)
         answer = each(truth.q, truth.k, truth.v, return_attn_probs=True)
         keys = {**SIZES, "heads": each.shape.heads_k, "sequence": each.shape.seq_k or each.shape.seq, "batch": each.shape.batch}
-        queries = {**SIZES, "batch": each.shape.batch}
+        queries = {**SIZES, "heads": each.shape.heads, "batch": each.shape.batch}
         wide = {"dim": each.shape.dim_v}
         shown = {"q": (truth.q, queries), "k": (truth.k, keys), "v": (truth.v, {**keys, **wide})}
         shown |= {"out": (answer[0], {**queries, **wide}), "lse": (answer[1], queries)}

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnscaler_ring.core import layout
+from nnscaler_ring.core import layouts
 from tests.distributed import rank_device
 
 EXACT = 1e-11
@@ -194,12 +194,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None) ->
 
 
 def held(name: str, seq: int, world_size: int, rank: int, cu: Sequence[int] | None = None) -> Tensor:
-    """Positions that a rank holds in a layout, as api.md words it."""
+    """Positions that a rank holds in a layout, as api.md words it; `balanced` is what the package makes it."""
+    if name == "balanced":
+        return torch.from_numpy(layouts.build(name, seq, world_size, None if cu is None else np.array(cu)).positions(rank))
     if name.endswith("-per-document"):
         assert cu is not None
         documents = list(itertools.pairwise(cu))
         if any((hi - lo) % world_size for lo, hi in documents):
-            return torch.from_numpy(layout.build(name, seq, world_size, np.array(cu)).positions(rank))
+            return torch.from_numpy(layouts.build(name, seq, world_size, np.array(cu)).positions(rank))
         kind = name.removesuffix("-per-document")
         return torch.cat([lo + held(kind, hi - lo, world_size, rank) for lo, hi in documents])
     if name == "contiguous":
@@ -209,7 +211,7 @@ def held(name: str, seq: int, world_size: int, rank: int, cu: Sequence[int] | No
         return torch.arange(seq)[rank::world_size]
     assert name == "zigzag"
     if seq % world_size:
-        return torch.from_numpy(layout.build(name, seq, world_size).positions(rank))
+        return torch.from_numpy(layouts.build(name, seq, world_size).positions(rank))
     late = seq // world_size // 2
     early = seq // world_size - late  # chunk r is the longer one of an odd number
     first, second = rank * early, world_size * early + (world_size - 1 - rank) * late

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnscaler_ring import ops
 from nnscaler_ring.annotations.spec import SPECS, OpSpec
-from nnscaler_ring.core import layout, mask
+from nnscaler_ring.core import layouts, mask
 
 from .model import Attention
 
@@ -52,7 +52,7 @@ class Variant:
 
     def owner(self, cu_seqlens: np.ndarray, world_size: int) -> np.ndarray:
         """For each token the rank that computes its query: int64 ``[S]``."""
-        return layout.build(self.spec.layout, int(cu_seqlens[-1]), world_size, cu_seqlens).owner()[0]
+        return layouts.build(self.spec.layout, int(cu_seqlens[-1]), world_size, cu_seqlens).owner()[0]
 
 
 def _ring(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window_size: int) -> Tensor:

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from .spec import OpSpec
 
-Local = Callable[[Sequence[Tensor], dist.ProcessGroup | None, tuple[int, int]], tuple[Tensor, Tensor]]
-"""The op on local tensors: ``(q, k, v), the ring's group or None, query and key tokens of the whole sequence`` -> out, lse."""
+Local = Callable[[Sequence[Tensor], Sequence[dist.ProcessGroup], tuple[int, int]], tuple[Tensor, Tensor]]
+"""The op on local tensors: ``(q, k, v), the groups that share the sequence, its query and key tokens`` -> out, lse."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,24 @@ class Cut:
         return [Replicate() if name is None else _shard(spec.dim(tensor, name)) for name in self.dims]
 
     @property
-    def ring(self) -> dist.ProcessGroup | None:
-        """The group of the axis that cuts the sequence, or None."""
-        if "sequence" not in self.dims:
-            return None
-        axis = self.dims.index("sequence")
-        group = self.mesh.get_group(axis)
-        if group.rank() != self.mesh.get_local_rank(axis):
-            raise ValueError(
-                f"mesh axis {axis} lists ranks in an order that is not ascending ({self.mesh}): its group would hold the chunks "
-                "of the sequence in another order; build the mesh with ascending ranks along the axis that cuts the sequence"
-            )
-        return group
+    def rings(self) -> list[dist.ProcessGroup]:
+        """The groups of the axes that cut the sequence, outer first."""
+        return [axis_group(self.mesh, axis) for axis, name in enumerate(self.dims) if name == "sequence"]
+
+
+def axis_group(mesh: DeviceMesh, axis: int) -> dist.ProcessGroup:
+    """The group of this rank along a mesh axis.
+
+    Raises:
+        ValueError: its ranks are in another order than the mesh lists them.
+    """
+    group = mesh.get_group(axis)
+    if group.rank() != mesh.get_local_rank(axis):
+        raise ValueError(
+            f"mesh axis {axis} lists ranks in an order that is not ascending ({mesh}): its group would hold the chunks of the "
+            "sequence in another order; build the mesh with ascending ranks along the axis that cuts the sequence"
+        )
+    return group
 
 
 def _shard(dim: int | None) -> Placement:
@@ -63,7 +69,7 @@ def resolve(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> Cut:
 
     Raises:
         ValueError: plain tensors among DTensors, different meshes, placements that the spec does not allow, the sequence cut by
-            two axes, or heads that do not divide by their axis.
+            more axes than it allows or unevenly by two, or heads that do not divide by their axis.
     """
     check_all(spec, q, k, v)
     assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
@@ -72,8 +78,18 @@ def resolve(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> Cut:
     single = k.shape[spec.dim("k", "heads") or 0] == 1
     axes = zip(q.placements, k.placements, v.placements, strict=True)
     cut = Cut(q.device_mesh, tuple(_name(spec, axis, placements, single) for axis, placements in enumerate(axes)))
-    if cut.dims.count("sequence") > 1:
-        raise ValueError(f"{spec.name}: the sequence is cut by two mesh axes; flatten them into one (DeviceMesh._flatten) first")
+    rings = [cut.mesh.size(axis) for axis, name in enumerate(cut.dims) if name == "sequence"]
+    if len(rings) > 1 + spec.grid:
+        raise ValueError(
+            f"{spec.name}: the sequence is cut by {len(rings)} mesh axes; flatten them into {'two' if spec.grid else 'one'} "
+            "(DeviceMesh._flatten) first, or take wrap_ulysses_attn_func, which takes two: ring outside, heads inside"
+        )
+    lengths = [x.shape[spec.dim(name, "sequence") or 0] for name, x in (("q", q), ("k", k))]
+    if len(rings) == 2 and any(length % (rings[0] * rings[1]) for length in lengths):
+        raise ValueError(
+            f"{spec.name}: {lengths[0]} query and {lengths[1]} key tokens over two mesh axes of {rings[0]} x {rings[1]} ranks: "
+            "lengths must divide by their product; pad the sequence, or cut it by one axis"
+        )
     for axis, name in enumerate(cut.dims):
         if name == "heads":
             size, heads = cut.mesh.size(axis), (q.shape[spec.dim("q", "heads") or 0], k.shape[spec.dim("k", "heads") or 0])
@@ -113,7 +129,7 @@ def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, op: Local) -> tuple[DTens
         grads = [Partial() if wanted.is_shard() and not have.is_shard() else have for wanted, have in cut_here]
         locals_.append(x.to_local(grad_placements=grads))
     total = q.shape[spec.dim("q", "sequence") or 0], k.shape[spec.dim("k", "sequence") or 0]
-    out, lse = op(locals_, cut.ring, total)
+    out, lse = op(locals_, cut.rings, total)
     shape = torch.Size((*q.shape[:-1], v.shape[-1]))
     return _wrap(out, cut, spec, "out", shape), _wrap(lse, cut, spec, "lse", _lse_shape(spec, q))
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ..core.plan import ALL_TO_ALL
+
 CUTS: Mapping[str, str] = MappingProxyType(
     {
         "batch": "cut freely",
@@ -33,6 +35,8 @@ class OpSpec:
         inputs: name of a tensor argument -> names of its dims; an empty tuple for one that every rank has whole.
         out, lse: dims of the results.
         layout: the layout that the op computes in, whatever order the tokens come in.
+        transport: how rows travel where a call does not say.
+        grid: the sequence may be cut over two axes, the inner of which exchanges tokens for heads.
 
     Example:
         >>> SPECS["wrap_ring_attn_func"].dim("q", "sequence")
@@ -44,6 +48,8 @@ class OpSpec:
     out: tuple[str, ...]
     lse: tuple[str, ...]
     layout: str = "contiguous"
+    transport: str = "auto"
+    grid: bool = False
 
     def dim(self, tensor: str, name: str) -> int | None:
         """The place of the dim called `name` in a tensor argument, ``out`` or ``lse``; None where it has no such dim."""
@@ -60,7 +66,8 @@ class OpSpec:
         cuts = []
         for name in self.cuttable:
             where = ", ".join(f"{t} on dim {self.dim(t, name)}" for t in ("q", "k", "v"))
-            cuts.append(f"{name} ({where}; {CUTS[name]})")
+            over_two = " or two, ring outside and heads inside" if self.grid and name == "sequence" else ""
+            cuts.append(f"{name} ({where}; {CUTS[name]}{over_two})")
         return "; ".join(cuts) + "; or nothing (replicated)"
 
 
@@ -68,9 +75,10 @@ _DENSE = ("batch", "sequence", "heads", "dim")
 _PACKED = ("sequence", "heads", "dim")
 
 
-def _dense(name: str, layout: str = "contiguous") -> OpSpec:
+def _dense(name: str, layout: str = "contiguous", transport: str = "auto") -> OpSpec:
     tensors = {"q": _DENSE, "k": _DENSE, "v": _DENSE, "cu_seqlens": ()}
-    return OpSpec(name, MappingProxyType(tensors), _DENSE, ("batch", "heads", "sequence"), layout)
+    lse, grid = ("batch", "heads", "sequence"), transport == ALL_TO_ALL
+    return OpSpec(name, MappingProxyType(tensors), _DENSE, lse, layout, transport, grid)
 
 
 def _varlen(name: str) -> OpSpec:
@@ -85,6 +93,7 @@ SPECS: Mapping[str, OpSpec] = MappingProxyType(
             _dense("wrap_ring_attn_func"),
             _dense("wrap_zigzag_attn_func", "zigzag"),
             _dense("wrap_stripe_attn_func", "stripe"),
+            _dense("wrap_ulysses_attn_func", transport=ALL_TO_ALL),
             _varlen("wrap_ring_attn_varlen_func"),
             _dense("wrap_sliding_window_attn_func"),
             _dense("wrap_streaming_llm_attn_func"),

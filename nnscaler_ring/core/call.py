@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import engine, kernels
-from .layout import LAYOUTS
+from .layouts import check_layout
 from .mask import Mask, check_cu_seqlens, check_window
-from .plan import check_transport
+from .plan import ALL_TO_ALL, check_transport
 from .recipe import Recipe, content, mask_of
-from .transport import member_of
+from .transport import GRID, is_grid, is_local, member_of
 
 Group = dist.ProcessGroup | Sequence[int] | None
 """A process group, the global ranks of one, or None for the default group (this process alone where there is none)."""
@@ -104,7 +104,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, ro
     if packed:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     scale = q.shape[3] ** -0.5 if options.softmax_scale is None else float(options.softmax_scale)
-    out, lse = engine.attention(q, k, v, *tables, *total, scale, str(recipe))
+    out, lse, _ = engine.attention(q, k, v, *tables, *total, scale, str(recipe))
     if packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse.detach(), None) if options.return_attn_probs else out
@@ -129,7 +129,7 @@ def check(
         prefix=options.prefix,
         deterministic=options.deterministic,
     )
-    shards = 1 if recipe.group.startswith("local:") else engine.transport_of(recipe.group).world_size
+    shards = 1 if is_local(recipe.group) else engine.transport_of(recipe.group).world_size
     given = rows.seq_len, rows.seq_len if rows.seq_len_k is None else rows.seq_len_k
     total_q, total_k = (shards * x.shape[dim] if n is None else n for n, x in zip(given, (q, k), strict=True))
     total = total_q, total_k
@@ -163,10 +163,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def check_names(recipe: Recipe) -> None:
     """ValueError for an unknown layout, transport or kernel, listing the known."""
-    if recipe.layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {recipe.layout!r}: choose one of {', '.join(LAYOUTS)}")
+    check_layout(recipe.layout)
     check_transport(recipe.transport)
     kernels.check_kernel(recipe.kernel)
+    if recipe.transport == ALL_TO_ALL and is_grid(recipe.group):
+        raise ValueError("transport='all_to_all' over a grid: heads travel within its teams anyway; say how rows go between them")
     if recipe.heads_stride < 0:
         raise ValueError(f"heads_k_stride={recipe.heads_stride}: give a number of key heads >= 1, or 0 for all")
 
@@ -216,6 +217,13 @@ def group_name(group: Group) -> str:
             raise ValueError(f"process_group must be a ProcessGroup, global ranks or None, got {group!r}")
         group = _group_of(tuple(group))
     return "local:1" if group.size() == 1 else group.group_name
+
+
+def grid_name(groups: Sequence[dist.ProcessGroup]) -> str:
+    """The name of no group, of one, or of a grid's two: ranks of one place in each team, ranks of a team."""
+    if len(groups) < 2:
+        return group_name(groups[0]) if groups else "local:1"
+    return GRID.join(group.group_name for group in groups)
 
 
 def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:

@@ -6,14 +6,11 @@ Eight tokens (columns) over two ranks (rows), and two documents of 3 and 5 token
     xxxx....      xx....xx      x.x.x.x.      xx.xx...                  x.xx...x
     ....xxxx      ..xxxx..      .x.x.x.x      ..x..xxx                  .x..xxx.
 
-A rank's tokens are always in ascending position. Lengths that do not divide are allowed everywhere: `contiguous` cuts as
+A rank's tokens are in ascending position, run by run. Lengths that do not divide are allowed everywhere: `contiguous` cuts as
 ``torch.chunk`` and DTensor do (the last ranks get less), the others as evenly as they can.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import numpy as np
 
@@ -47,6 +44,8 @@ class Layout:
         before = np.cumsum(runs[:, 2]) - runs[:, 2]
         self.row0 = before - (np.cumsum(self.counts) - self.counts)[runs[:, 0]]
         """Local row of each run's first position."""
+        self.ascends = stride == 1 or len(np.unique(runs[:, 0])) == len(runs)
+        """A rank's rows are in the order of their positions; not so if it holds several runs of a stride."""
         self._key = (self.length, self.world_size, self.stride, runs.tobytes())
         self._hash = hash(self._key)
         assert self.counts.sum() == length, "a layout holds every position once"
@@ -123,22 +122,3 @@ def _parts(length: int, world_size: int, cu_seqlens: np.ndarray | None) -> tuple
     turn = (np.cumsum(over) - over)[:, None]
     extra = (np.arange(world_size) - turn) % world_size < over[:, None]
     return cu[:-1], lengths[:, None] // world_size + extra
-
-
-LAYOUTS: Mapping[str, Callable[[int, int, np.ndarray | None], Layout]] = MappingProxyType(
-    {
-        "contiguous": contiguous,
-        "zigzag": zigzag,
-        "stripe": stripe,
-        "contiguous-per-document": contiguous_per_document,
-        "zigzag-per-document": zigzag_per_document,
-    }
-)
-"""The layouts that have a name: ``builder(length, world_size, cu_seqlens)``."""
-
-
-def build(name: str, length: int, world_size: int, cu_seqlens: np.ndarray | None = None) -> Layout:
-    """The layout called `name`, or ValueError that lists the known names."""
-    if name not in LAYOUTS:
-        raise ValueError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}")
-    return LAYOUTS[name](length, world_size, cu_seqlens)

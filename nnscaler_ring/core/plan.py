@@ -9,6 +9,8 @@ Transports are rows of a table:
 ============  ==========================================================================================================
 ``ring``      each row goes from neighbour to neighbour as far as somebody still reads it, in the direction that moves less;
               step `t` reads what started `t` ranks away
+``grouped_ring``  as ``ring``, but calls wait until 1, 2, 4, ... hops have arrived: about log2(P) calls and merges, not P, for
+              buffers that hold half of the sequence at the end
 ``all_gather``  every row goes straight to each rank that reads it, and the calls run on own and received rows joined: the
               fewest calls and merges
 ``halo``      as ``all_gather``, but calls on own rows run while the others are on their way
@@ -18,14 +20,15 @@ Transports are rows of a table:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
 
-from .geometry import coalesce, join, trim, union, visible, windows
+from .geometry import coalesce, distinct, join, overlaps, trim, union, visible, windows
 from .layout import Layout
 from .mask import Mask, band_area
 
@@ -62,11 +65,16 @@ class Calls:
 class Step:
     """One step of a rank: `receive` fills the buffer of `size` rows, `calls` read it, `home` tells where its gradients end.
 
+    Several steps may fill one memory, end to end, for the calls of the last of them.
+
     Attributes:
         size: rows in the buffer (step 0: the own shard).
         send: rows of the buffer before; a message to the rank itself is a copy.
         receive: rows of this buffer.
-        calls: what runs when the buffer is there.
+        at: where in its memory the buffer starts.
+        room: rows of the memory; 0 where it is that of the step before.
+        ends: the memory is full with this step: calls run, gradients leave.
+        calls: what runs then, on rows of the memory.
         relays: the next step passes rows of this buffer on, so their gradients go there; False: they went out from the shard.
         home_send: rows of this buffer whose gradient goes to the rank that owns them.
         home_receive: rows of the own shard whose gradient arrives.
@@ -75,6 +83,9 @@ class Step:
     size: int
     send: tuple[Message, ...] = ()
     receive: tuple[Message, ...] = ()
+    at: int = 0
+    room: int = 0
+    ends: bool = True
     calls: tuple[Calls, ...] = ()
     relays: bool = False
     home_send: tuple[Message, ...] = ()
@@ -140,9 +151,13 @@ def _pairs(calls: Calls) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Transport:
-    """How rows travel: neighbour to neighbour or straight, own and received rows in one buffer or not, all rows or those read."""
+    """How rows travel: neighbour to neighbour or straight, own and received rows in one buffer or not, all rows or those read.
+
+    With `grows`, what 1, 2, 4, ... hops bring is read at once.
+    """
 
     relay: bool = False
+    grows: bool = False
     joined: bool = False
     everything: bool = False
 
@@ -150,6 +165,7 @@ class Transport:
 TRANSPORTS: Mapping[str, Transport] = MappingProxyType(
     {
         "ring": Transport(relay=True),
+        "grouped_ring": Transport(relay=True, grows=True),
         "all_gather": Transport(joined=True),
         "halo": Transport(),
         "broadcast": Transport(joined=True, everything=True),
@@ -157,10 +173,15 @@ TRANSPORTS: Mapping[str, Transport] = MappingProxyType(
 )
 
 
+ALL_TO_ALL = "all_to_all"
+"""The transport that moves heads, not keys: see `heads`. What is left to plan is then attention on one device."""
+
+
 def check_transport(name: str) -> str:
     """`name`, or ValueError that lists the known transports."""
-    if name != "auto" and name not in TRANSPORTS:
-        raise ValueError(f"unknown transport {name!r}: choose one of auto, {', '.join(TRANSPORTS)}")
+    known = ("auto", *TRANSPORTS, ALL_TO_ALL)
+    if name not in known:
+        raise ValueError(f"unknown transport {name!r}: choose one of {', '.join(known)}")
     return name
 
 
@@ -186,7 +207,7 @@ def plan(mask: Mask, q: Layout, k: Layout, transport: str, rank: int) -> RankPla
     if transport == "auto":
         transport = choose(mask, q, k)
     if TRANSPORTS[transport].relay and q.world_size > 1:
-        return _relayed(mask, q, k, rank)
+        return _relayed(mask, q, k, rank, TRANSPORTS[transport].grows)
     return _direct(mask, q, k, rank, TRANSPORTS[transport])
 
 
@@ -195,18 +216,7 @@ def choose(mask: Mask, q: Layout, k: Layout) -> str:
     """The transport that moves fewer rows over the whole world; ``ring`` where they move the same."""
     if q.world_size == 1:
         return "all_gather"
-    reader, _, lo, hi, _ = _wanted(visible(mask, q, k), k.world_size)
-    straight = int((hi - lo).sum()) if len(reader) else 0
-    return "ring" if _route(mask, q, k).moved <= straight else "halo"
-
-
-def _wanted(bands: np.ndarray, world_size: int) -> tuple[np.ndarray, ...]:
-    """Rows that ranks read of other ranks: disjoint pieces ``(reader, origin, lo, hi, height)``."""
-    bands = bands[bands[:, 0] != bands[:, 1]]
-    key, lo, hi, height = union(
-        bands[:, 0] * world_size + bands[:, 1], bands[:, 4], bands[:, 5], np.ones(len(bands), dtype=np.int64)
-    )
-    return key // world_size, key % world_size, lo, hi, height
+    return "ring" if _route(mask, q, k).moved <= int(rows_needed(mask, q, k).sum()) else "halo"
 
 
 # -- straight to the reader: all_gather, halo ---------------------------------------------------------------------------------
@@ -223,12 +233,13 @@ def _direct(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) -
     wanted = _reads(visible(mask, q, k, origin=rank)[:, [0, 1, 4, 5]], k, transport.everything)
     wanted = wanted[(wanted[:, 1] == rank) & ((wanted[:, 0] != rank) | joined)]
     send, receive = _messages(wanted[:, 0], wanted[:, 2], wanted[:, 3]), _messages(origin, start, start + hi - lo)
-    seen = np.zeros(int(q.counts[rank]), dtype=bool)
-    steps = [Step(int(k.counts[rank]), calls=_calls(mine[~late][:, 2:], seen))]
+    q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
+    first, second = _calls([mine[~late][:, 2:], _in_buffer(mine[late], buffer)], q_rows)
+    steps = [Step(k_rows, calls=first)]
     if q.world_size > 1:
-        calls = _calls(_in_buffer(mine[late], buffer), seen)
-        steps.append(Step(int((hi - lo).sum()), send, receive, calls, home_send=receive, home_receive=send))
-    return RankPlan(rank, q.world_size, len(seen), int(k.counts[rank]), tuple(steps))
+        size = int((hi - lo).sum())
+        steps.append(Step(size, send, receive, room=size, calls=second, home_send=receive, home_receive=send))
+    return RankPlan(rank, q.world_size, q_rows, k_rows, tuple(steps))
 
 
 def _reads(ranges: np.ndarray, k: Layout, everything: bool) -> np.ndarray:
@@ -241,10 +252,14 @@ def _reads(ranges: np.ndarray, k: Layout, everything: bool) -> np.ndarray:
 
 
 def _buffer(reads: np.ndarray, k: Layout) -> np.ndarray:
-    """The rows of a rank's buffer, ``(origin, lo, hi, start)``, in the order of their positions so that neighbours join."""
+    """The rows of a rank's buffer, ``(origin, lo, hi, start)``, in the order of their positions so that neighbours join.
+
+    Where a rank's rows do not ascend they stay in their order, which is that of the messages; there are no neighbours to join.
+    """
     pieces = union(reads[:, 1], reads[:, 2], reads[:, 3], np.ones(len(reads), dtype=np.int64), (k.runs[:, 0], k.row0))
     buffer = np.stack(pieces, axis=1)
-    buffer = buffer[np.argsort(_position(k, buffer[:, 0], buffer[:, 1]), kind="stable")]
+    if k.ascends:
+        buffer = buffer[np.argsort(_position(k, buffer[:, 0], buffer[:, 1]), kind="stable")]
     sizes = buffer[:, 2] - buffer[:, 1]
     buffer[:, 3] = np.cumsum(sizes) - sizes
     return buffer
@@ -275,22 +290,42 @@ def _in_buffer(bands: np.ndarray, buffer: np.ndarray) -> np.ndarray:
     return np.column_stack([bands[:, 2:4], bands[:, 4:] + shift[:, None]])
 
 
-def _calls(bands: np.ndarray, seen: np.ndarray) -> tuple[Calls, ...]:
-    """The calls for ``[n, 6]`` bands: joined, grouped by window, marked fresh or not; `seen` rows are updated."""
+def _calls(groups: Sequence[np.ndarray], q_rows: int) -> list[tuple[Calls, ...]]:
+    """The calls for each group of ``[n, 6]`` bands, in the order in which they run: joined, grouped by window, fresh or not."""
+    number = np.repeat(np.arange(len(groups)), [len(bands) for bands in groups])
+    bands = np.concatenate(groups)
     if not len(bands):
-        return ()
-    bands = join(np.stack(trim(*bands.T), axis=1))
-    window, turn = windows(bands), _turns(bands)
-    keys, group = np.unique(np.column_stack([turn, window]), axis=0, return_inverse=True)
-    calls = []
-    for n, (_, left, right) in enumerate(keys.tolist()):
-        spans = bands[group.ravel() == n, :4]
-        rows = coalesce(spans[:, :2])
-        fresh = np.array([not seen[lo:hi].any() for lo, hi in rows.tolist()], dtype=np.int64)
-        for lo, hi in rows.tolist():
-            seen[lo:hi] = True
-        calls.append(Calls((left, right), spans, np.column_stack([rows, fresh])))
-    return tuple(calls)
+        return [()] * len(groups)
+    apart = 4 * (int(bands[:, :4].max()) + 1)  # rows between groups: so many that no band reaches over two
+    bands = join(np.stack(trim(*_shifted(bands, number * apart).T), axis=1))
+    number = bands[:, 0] // apart
+    bands = _shifted(bands, -number * apart)
+    window, seen = windows(bands), np.zeros(q_rows, dtype=bool)
+    bounds = np.searchsorted(number, np.arange(len(groups) + 1)).tolist()
+    return [_group(bands[lo:hi], window[lo:hi], seen) if lo < hi else () for lo, hi in pairwise(bounds)]
+
+
+def _shifted(bands: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Bands with all rows moved along the diagonal."""
+    return np.column_stack([bands[:, :4] + by[:, None], bands[:, 4:]])
+
+
+def _group(bands: np.ndarray, window: np.ndarray, seen: np.ndarray) -> tuple[Calls, ...]:
+    """The calls for joined bands of one moment; `seen` rows are updated."""
+    if len(bands) == 1:
+        return (_call(window[0], bands[:, :4], seen),)
+    keys, at = np.unique(np.column_stack([_turns(bands), window]), axis=0, return_inverse=True)
+    return tuple(_call(key[1:], bands[at.ravel() == n, :4], seen) for n, key in enumerate(keys))
+
+
+def _call(window: np.ndarray, spans: np.ndarray, seen: np.ndarray) -> Calls:
+    rows = coalesce(spans[:, :2])
+    fresh = []
+    for lo, hi in rows.tolist():
+        fresh.append(not seen[lo:hi].any())
+        seen[lo:hi] = True
+    left, right = window.tolist()
+    return Calls((left, right), spans, np.column_stack([rows, fresh]))
 
 
 def _turns(bands: np.ndarray) -> np.ndarray:
@@ -310,11 +345,10 @@ def _turns(bands: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class _Route:
-    """The way of all rows round the ring: pieces ``(origin, lo, hi, hops)`` and the direction, +1 to higher ranks."""
+    """The way of all rows round the ring: pieces ``(origin, lo, hi, hops)``, by origin, and the direction, +1 to higher ranks."""
 
     direction: int
     pieces: np.ndarray
-    bands: np.ndarray
 
     @property
     def moved(self) -> int:
@@ -322,59 +356,156 @@ class _Route:
 
     def held(self, origin: int, hops: int) -> np.ndarray:
         """Rows of `origin` that still go on after ``hops - 1`` hops: what the rank `hops` away gets."""
-        rows = self.pieces[(self.pieces[:, 0] == origin) & (self.pieces[:, 3] >= hops)]
-        return coalesce(rows[:, 1:3])
+        first, end = np.searchsorted(self.pieces[:, 0], [origin, origin + 1])
+        rows = self.pieces[first:end]
+        return coalesce(rows[rows[:, 3] >= hops, 1:3])
 
 
 @lru_cache(maxsize=64)
 def _route(mask: Mask, q: Layout, k: Layout) -> _Route:
     """The direction that moves fewer rows, and how far each row goes in it."""
-    bands, world = visible(mask, q, k), q.world_size
-    far = bands[bands[:, 0] != bands[:, 1]]
-    routes = []
-    for direction in (-1, 1):
-        hops = (far[:, 0] - far[:, 1]) * direction % world
-        routes.append(_Route(direction, np.stack(union(far[:, 1], far[:, 4], far[:, 5], hops), axis=1), bands))
-    return min(routes, key=lambda route: route.moved)
+    reader, lo, hi = _needs(mask, q, k)
+    pieces = _cut(k, np.concatenate([lo, hi]))
+    return min((_Route(way, _hops(reader, lo, hi, pieces, way, q.world_size)) for way in (-1, 1)), key=lambda route: route.moved)
 
 
-def _relayed(mask: Mask, q: Layout, k: Layout, rank: int) -> RankPlan:
+def _cut(k: Layout, points: np.ndarray) -> np.ndarray:
+    """The runs of keys cut at addresses: pieces ``(origin, row, address, end)`` in ascending address."""
+    start = _addresses(k)
+    points = distinct(np.concatenate([points, start, start + k.runs[:, 2]]))
+    order = np.argsort(start)
+    run = order[np.searchsorted(start[order], points[:-1], side="right") - 1]
+    return np.column_stack([k.runs[run, 0], k.row0[run] + points[:-1] - start[run], points[:-1], points[1:]])
+
+
+def _hops(reader: np.ndarray, lo: np.ndarray, hi: np.ndarray, pieces: np.ndarray, way: int, world: int) -> np.ndarray:
+    """How far each piece goes: to its last reader, which is the first one that the opposite way round comes to.
+
+    Returns ``(origin, lo, hi, hops)`` in rows, of the pieces that leave their rank.
+    """
+    origin, address = pieces[:, 0], pieces[:, 2]
+    span = int(pieces[:, 3].max(initial=0)) + 1
+    starts, ends = reader * span + lo, np.append(-1, reader * span + hi)
+
+    def reads(rank: np.ndarray, address: np.ndarray) -> np.ndarray:
+        at = rank * span + address
+        return ends[np.searchsorted(starts, at, side="right")] > at
+
+    readers = np.searchsorted(np.sort(lo), address, side="right") - np.searchsorted(np.sort(hi), address, side="right")
+    hops, left = np.zeros(len(pieces), dtype=np.int64), np.flatnonzero(readers > reads(origin, address))
+    for distance in range(world - 1, 0, -1):
+        if not len(left):
+            break
+        found = reads((origin[left] + way * distance) % world, address[left])
+        hops[left[found]] = distance
+        left = left[~found]
+    origin, row, address, end = pieces[hops > 0].T
+    table = np.column_stack([origin, row, row + end - address, hops[hops > 0]])
+    return table[np.lexsort((table[:, 1], table[:, 0]))]
+
+
+# -- who needs what ----------------------------------------------------------------------------------------------------------
+# The address of a key row is its position where layouts have stride 1, so that what a rank reads is few intervals whoever holds
+# it; elsewhere the number of the row if all ranks' rows are counted through.
+
+
+def _addresses(k: Layout) -> np.ndarray:
+    """The address of each run's first row."""
+    return k.runs[:, 1] if k.stride == 1 else (np.cumsum(k.counts) - k.counts)[k.runs[:, 0]] + k.row0
+
+
+def _needs(mask: Mask, q: Layout, k: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What each rank reads, its own rows included: disjoint intervals of addresses ``(reader, lo, hi)``, by reader and place."""
+    if k.stride == 1:
+        rank, start, count = q.runs.T
+        q0, q1, k0, k1, lo, hi = mask.table.T
+        at_slice, at_q = overlaps(q0, q1, start, start + count)
+        i0, i1 = np.maximum(q0[at_slice], start[at_q]), np.minimum(q1[at_slice], (start + count)[at_q])
+        i0, i1, j0, j1, low, high = trim(i0, i1, k0[at_slice], k1[at_slice], lo[at_slice], hi[at_slice])
+        some = (i0 < i1) & (j0 < j1) & (low <= high)
+        reader, lo, hi = rank[at_q][some], j0[some], j1[some]
+    else:
+        bands = visible(mask, q, k)
+        base = (np.cumsum(k.counts) - k.counts)[bands[:, 1]]
+        reader, lo, hi = bands[:, 0], base + bands[:, 4], base + bands[:, 5]
+    reader, lo, hi, _ = union(reader, lo, hi, np.ones(len(reader), dtype=np.int64))
+    return reader, lo, hi
+
+
+def rows_needed(mask: Mask, q: Layout, k: Layout) -> np.ndarray:
+    """Key/value rows of others that each rank reads: int64 ``[world_size]``, what any exchange must bring at least."""
+    reader, lo, hi = _needs(mask, q, k)
+    start = _addresses(k)
+    span = k.length + 1
+    mine, theirs = overlaps(
+        reader * span + lo, reader * span + hi, k.runs[:, 0] * span + start, k.runs[:, 0] * span + start + k.runs[:, 2]
+    )
+    own = np.minimum(hi[mine], (start + k.runs[:, 2])[theirs]) - np.maximum(lo[mine], start[theirs])
+    return (np.bincount(reader, hi - lo, q.world_size) - np.bincount(reader[mine], own, q.world_size)).astype(np.int64)
+
+
+def _relayed(mask: Mask, q: Layout, k: Layout, rank: int, grows: bool) -> RankPlan:
     world, route = q.world_size, _route(mask, q, k)
     last = int(route.pieces[:, 3].max()) if len(route.pieces) else 0
-    onward = (rank + route.direction) % world
-    before = (rank - route.direction) % world
-    mine = route.bands[route.bands[:, 0] == rank]
-    seen = np.zeros(int(q.counts[rank]), dtype=bool)
-    own_rows = int(k.counts[rank])
-    steps: list[Step] = []
-    held = np.array([[0, own_rows]])
-    sent: tuple[Message, ...] = ()
-    for hops in range(last + 1):
-        origin = (rank - route.direction * hops) % world
-        bands = mine[mine[:, 1] == origin]
-        if hops == 0:
-            steps.append(Step(own_rows, calls=_calls(bands[:, 2:], seen)))
-        else:
-            start = np.cumsum(held[:, 1] - held[:, 0]) - (held[:, 1] - held[:, 0])
-            buffer = np.column_stack([np.full(len(held), origin), held, start])
-            size = int((held[:, 1] - held[:, 0]).sum())
-            ends = _within(_minus(held, route.held(origin, hops + 1)), held)
-            leaves = _minus(route.held(rank, hops), route.held(rank, hops + 1))
-            steps.append(
-                Step(
-                    size,
-                    send=sent,
-                    receive=_one(before, np.array([[0, size]])),
-                    calls=_calls(_in_buffer(bands, buffer), seen),
-                    relays=hops < last,
-                    home_send=_one(origin, ends),
-                    home_receive=_one((rank + route.direction * hops) % world, leaves),
-                )
+    q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
+    # 1. what arrives with each hop, and where in its memory it starts
+    origins = (rank - route.direction * np.arange(last + 1)) % world
+    held = [np.array([[0, k_rows]]), *(route.held(origins[hops], hops) for hops in range(1, last + 1))]
+    sizes, groups = [_size(rows) for rows in held], _groups(last, grows)
+    at, room, group_of = np.zeros(last + 1, dtype=np.int64), [0] * (last + 1), np.zeros(last + 1, dtype=np.int64)
+    for n, (first, end) in enumerate(groups):
+        at[first:end] = np.cumsum([0, *sizes[first : end - 1]])
+        room[first], group_of[first:end] = sum(sizes[first:end]), n + 1
+    # 2. the calls of each memory, in order
+    mine = visible(mask, q, k, reader=rank)
+    hops = (rank - mine[:, 1]) * route.direction % world
+    far, order = hops > 0, np.argsort(group_of[hops], kind="stable")
+    bands = mine[:, 2:].copy()
+    bands[far] = _in_buffer(mine[far], _places(origins[1:], held[1:], at[1:]))
+    cuts = np.searchsorted(group_of[hops][order], np.arange(1, len(groups) + 1))
+    calls = _calls(np.split(bands[order], cuts), q_rows)
+    # 3. the steps
+    steps = [Step(k_rows, calls=calls[0])]
+    stays = [route.held(rank, hop) for hop in range(1, last + 2)]
+    ends, sent = {end - 1 for _, end in groups}, _one((rank + route.direction) % world, stays[0])
+    for hop in range(1, last + 1):
+        onward = _within(route.held(origins[hop], hop + 1), held[hop])
+        steps.append(
+            Step(
+                sizes[hop],
+                send=sent,
+                receive=_one((rank - route.direction) % world, np.array([[0, sizes[hop]]])),
+                at=int(at[hop]),
+                room=room[hop],
+                ends=hop in ends,
+                calls=calls[group_of[hop]] if hop in ends else (),
+                relays=hop < last,
+                home_send=_one(int(origins[hop]), _minus(np.array([[0, sizes[hop]]]), onward)),
+                home_receive=_one((rank + route.direction * hop) % world, _minus(stays[hop - 1], stays[hop])),
             )
-        if hops < last:
-            sent = _one(onward, _within(route.held(origin, hops + 1), held))
-            held = route.held((origin - route.direction) % world, hops + 1)
-    return RankPlan(rank, world, int(q.counts[rank]), own_rows, tuple(steps))
+        )
+        sent = _one((rank + route.direction) % world, onward)
+    return RankPlan(rank, world, q_rows, k_rows, tuple(steps))
+
+
+def _places(origins: np.ndarray, held: Sequence[np.ndarray], at: np.ndarray) -> np.ndarray:
+    """Where the rows held of each origin lie in the memory, end to end from `at`: a buffer ``(origin, lo, hi, start)``."""
+    if not held:
+        return np.empty((0, 4), dtype=np.int64)
+    rows, number = np.concatenate(held), np.repeat(np.arange(len(held)), [len(each) for each in held])
+    ends = np.cumsum(rows[:, 1] - rows[:, 0])
+    before = np.append(0, ends)[np.searchsorted(number, np.arange(len(held)))]
+    return np.column_stack([origins[number], rows, at[number] + ends - (rows[:, 1] - rows[:, 0]) - before[number]])
+
+
+def _groups(last: int, grows: bool) -> list[tuple[int, int]]:
+    """Hops ``first .. end - 1`` whose rows are read at once: one by one, or 1, 2, 4, ... of them."""
+    firsts = [1 << n for n in range(last.bit_length())] if grows else list(range(1, last + 1))
+    return list(pairwise([*firsts, last + 1]))
+
+
+def _size(rows: np.ndarray) -> int:
+    return int((rows[:, 1] - rows[:, 0]).sum())
 
 
 def _one(peer: int, rows: np.ndarray) -> tuple[Message, ...]:
@@ -398,6 +529,23 @@ def _minus(rows: np.ndarray, other: np.ndarray) -> np.ndarray:
     points = np.sort(np.concatenate([rows.ravel(), other.ravel()]))
     pieces = points.reshape(-1, 2)  # inside `rows` every point flips between kept and not kept
     return coalesce(pieces[pieces[:, 0] < pieces[:, 1]])
+
+
+@lru_cache(maxsize=1024)
+def among(plan: RankPlan, inner: int, place: int) -> RankPlan:
+    """The plan of a team, for the rank at `place` in it: ranks of the plan become ranks of the grid."""
+    if inner == 1:
+        return plan
+
+    def renamed(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        return tuple(replace(m, peer=m.peer * inner + place) for m in messages)
+
+    def moved(step: Step) -> Step:
+        send, receive, home = renamed(step.send), renamed(step.receive), renamed(step.home_send)
+        return replace(step, send=send, receive=receive, home_send=home, home_receive=renamed(step.home_receive))
+
+    steps = tuple(map(moved, plan.steps))
+    return replace(plan, rank=plan.rank * inner + place, world_size=plan.world_size * inner, steps=steps)
 
 
 def plans(mask: Mask, q: Layout, k: Layout, transport: str) -> Iterable[RankPlan]:

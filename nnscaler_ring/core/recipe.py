@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import layout, mask
+from . import layouts, mask
+from .layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +23,12 @@ class Recipe:
 
     Attributes:
         group: name of the process group, or ``local:N`` for N ranks inside this process.
-        layout: a name in `layout.LAYOUTS`: where the rows that are passed lie.
+        layout: a name in `layouts.LAYOUTS`, or a string of `layouts.name_of`: where the rows that are passed lie.
         transport, kernel: names, or ``auto``.
         causal, window, sinks, prefix: see `mask.build`.
         heads_stride: key heads that travel at once under ``all_gather``; 0 for all.
         deterministic: the same bits each time.
+        reduce_dtype: name of the dtype in which gradients of keys and values travel; fp32 (float64 for float64) where empty.
     """
 
     group: str = "local:1"
@@ -39,6 +41,7 @@ class Recipe:
     prefix: int = 0
     heads_stride: int = 0
     deterministic: bool = False
+    reduce_dtype: str = ""
 
     def __str__(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -67,9 +70,9 @@ def mask_of(recipe: Recipe, q_len: int, k_len: int, cu_q: bytes | None, cu_k: by
 
 
 @lru_cache(maxsize=1024)
-def layout_of(name: str, length: int, world_size: int, cu_seqlens: bytes | None = None) -> layout.Layout:
+def layout_of(name: str, length: int, world_size: int, cu_seqlens: bytes | None = None) -> Layout:
     """The layout called `name`, cached; `cu_seqlens` as int64 bytes."""
-    return layout.build(name, length, world_size, None if cu_seqlens is None else np.frombuffer(cu_seqlens, dtype=np.int64))
+    return layouts.build(name, length, world_size, None if cu_seqlens is None else np.frombuffer(cu_seqlens, dtype=np.int64))
 
 
 def content(table: Tensor | None) -> bytes | None:

@@ -64,10 +64,12 @@ def relayout(
         tensors: shards in the source layout; all travel in one exchange.
         cu_seqlens: document boundaries for the layouts that cut each document.
         total: tokens of the whole sequence.
-        source, target: names in `layout.LAYOUTS`.
+        source, target: names in `layouts.LAYOUTS`.
         group: name of the process group.
     """
     transport = transport_of(group)
+    if transport.inner > 1:
+        raise ValueError(f"relayout from {source!r} to {target!r} over a grid: ranks of different teams and places share no group")
     cu = content(cu_seqlens)
     before, after = (layout_of(name, total, transport.world_size, cu) for name in (source, target))
     (rank,) = transport.ranks
@@ -109,18 +111,23 @@ def _undo_relayout(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 relayout.register_autograd(_undo_relayout, setup_context=_save_relayout)
 
 
-def _gather(layout: Layout, rank: int, x: Tensor) -> Walk:
-    """One rank's walk that gets every rank's rows of ``[B, L, ...]`` and puts them in natural order."""
-    others = [p for p in range(layout.world_size) if p != rank]
-    parts = [x if p == rank else x.new_empty((x.shape[0], int(layout.counts[p]), *x.shape[2:])) for p in range(layout.world_size)]
-    own = x.contiguous()
-    wait = yield Exchange(
-        [(p, own) for p in others if own.numel()],
-        [(p, parts[p]) for p in others if parts[p].numel()],
-    )
-    wait()
+def _gather(layout: Layout, inner: int, rank: int, x: Tensor) -> Walk:
+    """One rank's walk that gets every rank's rows of ``[B, L, ...]`` and puts them in natural order.
+
+    In a grid teams of `inner` ranks gather first, then ranks of one place in each team.
+    """
+    first, place = rank // inner * inner, rank % inner
+    team = {p: int(layout.counts[p]) for p in range(first, first + inner)}
+    others = {p + place: int(layout.counts[p : p + inner].sum()) for p in range(0, layout.world_size, inner)}
+    for counts in (team, others):
+        own = x.contiguous()
+        parts = {p: own if p == rank else x.new_empty((x.shape[0], n, *x.shape[2:])) for p, n in counts.items()}
+        filled = {p: part for p, part in parts.items() if p != rank and part.numel()}
+        wait = yield Exchange([(p, own) for p in counts if p != rank and own.numel()], list(filled.items()))
+        wait()
+        x = torch.cat(list(parts.values()), dim=1)
     order = np.concatenate([layout.positions(p) for p in range(layout.world_size)])
-    return torch.cat(parts, dim=1).index_select(1, torch.from_numpy(np.argsort(order)).to(x.device))
+    return x.index_select(1, torch.from_numpy(np.argsort(order)).to(x.device))
 
 
 _GATHER = "(Tensor x, Tensor? cu_seqlens, int total, str layout, str group) -> Tensor"
@@ -138,7 +145,7 @@ def gather(x: Tensor, cu_seqlens: Tensor | None, total: int, layout: str, group:
     (rank,) = transport.ranks
     if x.shape[1] != held.counts[rank]:
         raise ValueError(f"rank {rank} passed {x.shape[1]} tokens; layout {layout!r} of {total} gives it {held.counts[rank]}")
-    (whole,) = transport.run([_gather(held, rank, x)])
+    (whole,) = transport.run([_gather(held, transport.inner, rank, x)])
     return whole
 
 

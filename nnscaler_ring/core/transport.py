@@ -31,9 +31,14 @@ Walk = Generator[Exchange, Wait, Any]
 
 
 class Transport(ABC):
-    """Where walks run. `world_size` ranks; `ranks` are those whose walks this process drives."""
+    """Where walks run: `world_size` ranks, of which this process drives the walks of `ranks`.
+
+    In a grid of ranks, rank ``o * inner + i`` is the `i`-th of the `o`-th team: it exchanges messages with the `inner` ranks of its
+    team and with the `i`-th of the other teams. `inner` is 1 where the ranks form no grid.
+    """
 
     world_size: int
+    inner: int
     ranks: Sequence[int]
 
     @abstractmethod
@@ -46,6 +51,7 @@ class LocalTransport(Transport):
 
     Args:
         world_size: number of ranks.
+        inner: ranks of a team, in a grid.
 
     Example:
         >>> transport = LocalTransport(2)
@@ -58,8 +64,8 @@ class LocalTransport(Transport):
         ([1.0, 0.0], [4, 4])
     """
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self, world_size: int, inner: int = 1) -> None:
+        self.world_size, self.inner = world_size, inner
         self.ranks = range(world_size)
         self.bytes_sent = [0] * world_size
 
@@ -116,19 +122,30 @@ class OneRank(Transport):
 
 
 class ProcessTransport(OneRank):
-    """This process' rank of a process group, by non-blocking point-to-point messages in the order of the plan."""
+    """This process' rank, by non-blocking point-to-point messages in the order of the plan.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.world_size = group.size()
-        self.ranks = (group.rank(),)
-        self._peers = dist.get_process_group_ranks(group)
+    Args:
+        group: the ranks; in a grid the ranks of one place in each team.
+        team: in a grid, the ranks of this team.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, team: dist.ProcessGroup | None = None) -> None:
+        self._groups = (group,) if team is None else (group, team)
+        self.inner = 1 if team is None else team.size()
+        self.world_size = group.size() * self.inner
+        place = 0 if team is None else team.rank()
+        self.ranks = (group.rank() * self.inner + place,)
+        numbered = [(n * self.inner + place, rank, group) for n, rank in enumerate(dist.get_process_group_ranks(group))]
+        if team is not None:
+            first = group.rank() * self.inner
+            numbered += [(first + n, rank, team) for n, rank in enumerate(dist.get_process_group_ranks(team))]
+        self._peers = {number: (rank, of) for number, rank, of in numbered}
         self._met = set[str]()
 
     def start(self, exchange: Exchange) -> Wait:
         self._meet(exchange)
-        ops = [dist.P2POp(dist.isend, tensor, self._peers[peer], self.group) for peer, tensor in exchange.send]
-        ops += [dist.P2POp(dist.irecv, tensor, self._peers[peer], self.group) for peer, tensor in exchange.receive]
+        ops = [dist.P2POp(dist.isend, tensor, *self._peers[peer]) for peer, tensor in exchange.send]
+        ops += [dist.P2POp(dist.irecv, tensor, *self._peers[peer]) for peer, tensor in exchange.receive]
         works = dist.batch_isend_irecv(ops) if ops else []
 
         def wait() -> None:
@@ -139,15 +156,16 @@ class ProcessTransport(OneRank):
         return wait
 
     def _meet(self, exchange: Exchange) -> None:
-        """One collective of the whole group on each device type before the first message on it.
+        """One collective of each whole group on each device type before the first message on it.
 
         NCCL and oneCCL set up their communicator with every rank of the group, and hang where only some take part.
         """
-        devices = {tensor.device for _, tensor in (*exchange.send, *exchange.receive)} or {current_device(self.group)}
-        for device in devices:
+        used = {tensor.device for _, tensor in (*exchange.send, *exchange.receive)} or {current_device(self._groups[0])}
+        for device in used:
             if device.type != "cpu" and device.type not in self._met:
                 self._met.add(device.type)
-                dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+                for group in self._groups:
+                    dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 class PretendTransport(OneRank):
@@ -156,8 +174,8 @@ class PretendTransport(OneRank):
     For measuring what one rank's share costs; the results are not those of attention.
     """
 
-    def __init__(self, world_size: int, rank: int) -> None:
-        self.world_size = world_size
+    def __init__(self, world_size: int, rank: int, inner: int = 1) -> None:
+        self.world_size, self.inner = world_size, inner
         self.ranks = (rank,)
 
     def start(self, exchange: Exchange) -> Wait:
@@ -197,20 +215,39 @@ def resolve_group(name: str) -> dist.ProcessGroup:
     return group
 
 
+GRID = "|"
+"""Joins the names of a grid's two groups: ranks of one place in each team, ranks of a team."""
+
+
+def is_local(group: str) -> bool:
+    """All ranks of the group are in this process."""
+    return group.startswith("local:")
+
+
+def is_grid(group: str) -> bool:
+    """The group is a grid of ranks."""
+    return GRID in group or (group.startswith(("local:", "pretend:")) and "x" in group)
+
+
+@lru_cache(maxsize=64)
+def _in_this_process(group: str) -> Transport:
+    kind, size, *rank = group.split(":")
+    outer, _, inner = size.partition("x")
+    world, team = int(outer) * int(inner or 1), int(inner or 1)
+    return PretendTransport(world, int(rank[0]), team) if kind == "pretend" else LocalTransport(world, team)
+
+
 def transport_of(group: str) -> Transport:
     """The transport of a group's name.
 
-    ``local:N`` for N ranks in this process, ``pretend:N:R`` for rank R of N without the others, else the name of a process group.
+    ``local:N`` for N ranks in this process, ``pretend:N:R`` for rank R of N without the others, ``OxI`` in place of N for a grid of
+    O teams of I ranks; else the name of a process group, or of two, joined by `GRID`.
     """
-    if group.startswith("local:"):
-        return _local(int(group.removeprefix("local:")))
-    if group.startswith("pretend:"):
-        return _pretend(*map(int, group.split(":")[1:]))
-    return _of_processes(resolve_group(group))  # a name may come back with another group behind it
+    if is_local(group) or group.startswith("pretend:"):
+        return _in_this_process(group)
+    return _of_processes(*map(resolve_group, group.split(GRID)))  # a name may come back with another group behind it
 
 
-_local = lru_cache(maxsize=64)(LocalTransport)
-_pretend = lru_cache(maxsize=64)(PretendTransport)
 _of_processes = lru_cache(maxsize=64)(ProcessTransport)
 
 
