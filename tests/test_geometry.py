@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nnscaler_ring.core import geometry
-from nnscaler_ring.core.layout import LAYOUTS, Layout
+from nnscaler_ring.core.layout import Layout
+from nnscaler_ring.core.layouts import LAYOUTS
 from nnscaler_ring.core.mask import NO_LIMIT
 from tests.shapes import KINDS, WORLDS, random_mask
 
