@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .annotations.dtensor import axis_group
-from .core.call import Options, Result, Rows, attend, check_names, grid_name, group_name, host_table
+from .core.call import Options, Result, Rows, attend, check, check_names, grid_name, group_name, host_table
 from .core.layout import Layout
 from .core.layouts import LAYOUTS, looks_at_documents, name_of, needs_documents
 from .core.mask import Mask, check_cu_seqlens
-from .core.recipe import Recipe, content, layout_of
+from .core.recipe import Recipe, content, layout_of, mask_of
 from .core.relayout import gather
+from .core.scaling import Shape, best_transport, machine_of
 from .core.transport import transport_of
 
 
@@ -40,8 +41,8 @@ class ContextParallel:
         layout: ``contiguous``, ``zigzag`` (equal work under a causal mask), ``stripe``, ``balanced`` (equal work and few rows to
             send for packed rows), ``contiguous-per-document``, ``zigzag-per-document``, or a `Layout`, for example of
             `balanced` for a mask of one's own.
-        transport: ``auto``, ``ring``, ``grouped_ring`` (fewer merges, more memory), ``all_gather``, ``halo``, or ``all_to_all``
-            (Ulysses).
+        transport: ``ring``, ``grouped_ring`` (fewer merges, more memory), ``all_gather``, ``halo``, ``all_to_all`` (Ulysses), or
+            ``auto``: one of ring, halo and all_to_all, by what they move for the mask and the heads, and what hides it.
         kernel: ``auto``, or the name of a backend.
         reduce_dtype: dtype in which gradients of keys and values travel, for example ``torch.bfloat16`` for half the bytes; None
             for fp32 (float64 for float64). They are added up in fp32 in any case.
@@ -171,4 +172,18 @@ class ContextParallel:
         total = self._total(q.shape[1], cu_seqlens, rows.seq_len)
         self._layout(total, cu_seqlens)
         settled = Options(softmax_scale=softmax_scale, causal=mask == "causal", **options)
-        return attend(q, k, v, self._recipe, settled, replace(rows, seq_len=total))
+        rows = replace(rows, seq_len=total)
+        return attend(q, k, v, self._settled(q, k, v, settled, rows), settled, rows)
+
+    def _settled(self, q: Tensor, k: Tensor, v: Tensor, options: Options, rows: Rows) -> Recipe:
+        """The recipe, with the transport that suits the mask and the heads where it is left open."""
+        if self._recipe.transport != "auto" or self.world_size == 1 or self._transport.inner > 1:
+            return self._recipe
+        recipe, (total, _), (cu_q, _, slices) = check(q, k, v, self._recipe, options, rows)
+        cu = content(cu_q)
+        mask = mask_of(recipe, total, total, cu, None, content(slices))
+        gradient = torch.promote_types(q.dtype, torch.float32).itemsize
+        sizes = {"heads": q.shape[-2], "heads_k": k.shape[-2], "dim": q.shape[-1], "dim_v": v.shape[-1]}
+        shape = Shape(**sizes, batch=q.shape[0] if q.dim() == 4 else 1, element=q.dtype.itemsize, gradient=gradient)
+        held = layout_of(recipe.layout, total, self.world_size, cu)
+        return replace(self._recipe, transport=best_transport(mask, held, shape, *machine_of(q.device.type, self.world_size)))

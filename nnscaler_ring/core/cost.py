@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .mask import NO_LIMIT
-from .plan import Calls, RankPlan
+from .plan import RankPlan, Step
 
 TILE = 128
 """Rows and keys of a tile."""
@@ -84,13 +83,13 @@ def tiles(plan: RankPlan, tile: int = TILE) -> int:
         >>> tiles(plan(mask.build(512, causal=True), whole, whole, "all_gather", 0))
         10
     """
-    return sum(int(_tiles(calls, tile).sum()) for step in plan.steps for calls in step.calls)
+    return sum(step_tiles(step, tile) for step in plan.steps)
 
 
-def _tiles(calls: Calls, tile: int) -> np.ndarray:
-    i0, i1, j0, j1 = calls.spans.T
-    left, right = calls.window
-    end = j1 - i1
-    low = end - left if left >= 0 else np.full_like(end, -NO_LIMIT)
-    high = end + right if right >= 0 else np.full_like(end, NO_LIMIT)
-    return band_tiles(i0, i1, j0, j1, low, high, tile)
+def step_tiles(step: Step, tile: int = TILE) -> int:
+    """Tiles of the calls of one step."""
+    total = 0
+    for calls in step.calls:
+        i0, i1, j0, j1, low, high = calls.bands.T
+        total += int(band_tiles(i0, i1, j0, j1, low, high, tile).sum())
+    return total

@@ -30,7 +30,7 @@ import numpy as np
 
 from .geometry import coalesce, distinct, join, overlaps, trim, union, visible, windows
 from .layout import Layout
-from .mask import Mask, band_area
+from .mask import NO_LIMIT, Mask, band_area
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,15 @@ class Calls:
     window: tuple[int, int]
     spans: np.ndarray
     blocks: np.ndarray
+
+    @property
+    def bands(self) -> np.ndarray:
+        """The spans as bands ``[n, 6]`` ``(i0, i1, j0, j1, low, high)`` over query rows and buffer rows."""
+        left, right = self.window
+        end = self.spans[:, 3] - self.spans[:, 1]
+        low = end - left if left >= 0 else np.full_like(end, -NO_LIMIT)
+        high = end + right if right >= 0 else np.full_like(end, NO_LIMIT)
+        return np.column_stack([self.spans, low, high])
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +135,7 @@ class RankPlan:
     @property
     def pairs(self) -> int:
         """Visible (query, key) pairs that the rank computes: its work."""
-        return sum(int(_pairs(calls).sum()) for step in self.steps for calls in step.calls)
+        return sum(int(band_area(*calls.bands.T).sum()) for step in self.steps for calls in step.calls)
 
     def __str__(self) -> str:
         lines = [
@@ -138,15 +147,6 @@ class RankPlan:
             spans = [f"q[{a}:{b}] x k[{c}:{d}] window {n.window}" for n in step.calls for a, b, c, d in n.spans[:4].tolist()]
             lines.append(f"  step {t}: {', '.join(moves) or 'own rows'}; {', '.join(spans) or 'no call'}")
         return "\n".join(lines)
-
-
-def _pairs(calls: Calls) -> np.ndarray:
-    i0, i1, j0, j1 = calls.spans.T
-    left, right = calls.window
-    end = j1 - i1
-    low = end - left if left >= 0 else np.full_like(end, -(1 << 40))
-    high = end + right if right >= 0 else np.full_like(end, 1 << 40)
-    return band_area(i0, i1, j0, j1, low, high)
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,15 @@ def choose(mask: Mask, q: Layout, k: Layout) -> str:
     """The transport that moves fewer rows over the whole world; ``ring`` where they move the same."""
     if q.world_size == 1:
         return "all_gather"
-    return "ring" if _route(mask, q, k).moved <= int(rows_needed(mask, q, k).sum()) else "halo"
+    return min(("ring", "halo"), key=lambda name: rows_sent(mask, q, k, name))
+
+
+def rows_sent(mask: Mask, q: Layout, k: Layout, transport: str) -> int:
+    """Key/value rows that all ranks send together in the forward pass, and as many rows of gradients in the backward pass."""
+    how = TRANSPORTS[transport]
+    if how.everything:
+        return (k.world_size - 1) * k.length
+    return _route(mask, q, k).moved if how.relay and q.world_size > 1 else int(rows_needed(mask, q, k).sum())
 
 
 # -- straight to the reader: all_gather, halo ---------------------------------------------------------------------------------

@@ -1,0 +1,344 @@
+"""What a plan takes on a machine, on paper: bytes, balance, calls, and a timeline of compute and network.
+
+The model has two lanes a rank, which a stream orders as the engine does: the exchange of step ``t + 1`` starts when the calls of
+step `t` do, gradients leave when they end. Calls take the tiles that a kernel computes at the kernel's speed on large blocks, a
+launch each, and merges the memory's bandwidth. Peers are taken to be as far as the rank itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
+
+import numpy as np
+
+from .cost import TILE, step_tiles
+from .heads import Share, deal, teams
+from .layout import Layout
+from .mask import Mask, band_area
+from .plan import ALL_TO_ALL, RankPlan, Step, choose, plan, rows_needed, rows_sent
+
+
+@dataclass(frozen=True)
+class Network:
+    """What one rank can send, and receive at the same time: `bandwidth` in bytes/s, `latency` in s a message."""
+
+    name: str
+    bandwidth: float
+    latency: float
+
+
+NETWORKS: Mapping[str, Network] = MappingProxyType(
+    {
+        "nvlink": Network("NVLink 4, 450 GB/s", 450e9, 4e-6),
+        "400g": Network("400 Gb/s", 50e9, 10e-6),
+        "100g": Network("100 Gb/s", 12.5e9, 15e-6),
+        "gloo": Network("processes of one machine, 2 GB/s", 2e9, 5e-5),
+    }
+)
+"""Networks that have a name."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A kernel on a device: FLOP/s of forward and backward calls on large blocks, s a launch, bytes/s of its memory."""
+
+    name: str
+    forward: float
+    backward: float
+    launch: float = 6e-6
+    memory: float = 3.0e12
+
+
+SPEEDS: Mapping[str, Speed] = MappingProxyType(
+    {
+        "fa2-h100": Speed("FlashAttention-2, H100", 366e12, 330e12),
+        "cudnn-h200": Speed("cuDNN, H200", 655e12, 526e12),
+        "fa4-h200": Speed("FlashAttention-4, H200", 675e12, 629e12),
+        "cpu-core": Speed("torch on one CPU core", 50e9, 45e9, 2e-5, 1e10),
+    }
+)
+"""Kernels that have a name, with what they reach on 8k tokens, head dim 128, bf16, causal."""
+
+
+def machine_of(device: str, world_size: int) -> tuple[Speed, Network]:
+    """What ranks on a kind of device are taken to be where nobody says: one node of GPUs up to 8 ranks, 400 Gb/s beyond."""
+    if device == "cpu":
+        return SPEEDS["cpu-core"], NETWORKS["gloo"]
+    return SPEEDS["fa2-h100"], NETWORKS["nvlink" if world_size <= 8 else "400g"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A layer: heads, head dims, and bytes of an element of q, k and v and of a gradient that travels."""
+
+    heads: int = 32
+    heads_k: int = 8
+    dim: int = 128
+    dim_v: int = 128
+    element: int = 2
+    gradient: int = 4
+    batch: int = 1
+
+    @property
+    def row(self) -> int:
+        """Bytes of one token's keys and values."""
+        return self.batch * self.heads_k * (self.dim + self.dim_v) * self.element
+
+    @property
+    def gradient_row(self) -> int:
+        """Bytes of one token's dK and dV."""
+        return self.batch * self.heads_k * (self.dim + self.dim_v) * self.gradient
+
+    def flops(self, backward: bool = False) -> int:
+        """FLOPs of one (query, key) pair in all heads: two products forward; five backward, the scores again among them."""
+        per_head = 2 * (3 * self.dim + 2 * self.dim_v) if backward else 2 * (self.dim + self.dim_v)
+        return self.batch * self.heads * per_head
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Something that takes from `start` to `end`, in s."""
+
+    label: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One rank's pass: what its kernel and its network do when."""
+
+    compute: tuple[Bar, ...]
+    network: tuple[Bar, ...]
+
+    @property
+    def total(self) -> float:
+        """Seconds until both are done."""
+        return max(bar.end for bar in (*self.compute, *self.network))
+
+
+def timeline(
+    rank: RankPlan, shape: Shape, speed: Speed, network: Network, backward: bool = False, around: tuple[int, int] = (0, 0)
+) -> Timeline:
+    """The forward or backward pass of one rank; `around` are bytes that it exchanges for heads before the walk and after it."""
+    compute, wire = list[Bar](), list[Bar]()
+
+    def send(label: str, size: int, messages: int, after: float) -> float:
+        start = max(after, wire[-1].end if wire else 0.0)
+        if size:
+            wire.append(Bar(label, start, start + size / network.bandwidth + messages * network.latency))
+        return wire[-1].end if size else start
+
+    arrived = done = send("tokens to heads", around[0], 1, 0.0)
+    for t, step in enumerate(rank.steps):
+        start = max(done, arrived)
+        if t + 1 < len(rank.steps):
+            following = rank.steps[t + 1]
+            arrived = send(f"rows of step {t + 1}", _rows(rank, following) * shape.row, len(following.receive), start)
+        done = start + _seconds(step, shape, speed, backward)
+        compute.append(Bar(f"step {t}", start, done))
+        if backward and t:
+            send(f"gradients of step {t}", _gradient_rows(rank, t) * shape.gradient_row, 1, done)
+    send("heads to tokens", around[1], 1, done)
+    return Timeline(tuple(compute), tuple(wire))
+
+
+def _rows(rank: RankPlan, step: Step) -> int:
+    """Rows on the wire in one step, the busier way."""
+    sides = ([m.size for m in side if m.peer != rank.rank] for side in (step.send, step.receive))
+    return max(sum(side) for side in sides)
+
+
+def _gradient_rows(rank: RankPlan, t: int) -> int:
+    step, onward = rank.steps[t], rank.steps[t + 1 : t + 2] if rank.steps[t].relays else ()
+    out = [m.size for m in (*step.home_send, *(m for s in onward for m in s.send)) if m.peer != rank.rank]
+    back = [m.size for m in (*step.home_receive, *(m for s in onward for m in s.receive)) if m.peer != rank.rank]
+    return max(sum(out), sum(back))
+
+
+def _seconds(step: Step, shape: Shape, speed: Speed, backward: bool) -> float:
+    """Time of a step's calls, and of merging their results forward."""
+    flops = step_tiles(step) * TILE * TILE * shape.flops(backward)
+    seconds = flops / (speed.backward if backward else speed.forward) + speed.launch * len(step.calls)
+    if not backward:
+        merged = sum(int((b[:, 1] - b[:, 0])[b[:, 2] == 0].sum()) for b in (calls.blocks for calls in step.calls))
+        seconds += merged * shape.batch * shape.heads * shape.dim_v * (8 + shape.element) / speed.memory
+    return seconds
+
+
+# -- a whole world ---------------------------------------------------------------------------------------------------------------
+
+
+def rank_pairs(mask: Mask, q: Layout) -> np.ndarray:
+    """Visible pairs that each rank computes: int64 ``[world_size]``, whoever holds the keys."""
+    rank, start, count = q.runs.T
+    q0, q1, k0, k1, lo, hi = mask.table.T
+    pairs = np.zeros(q.world_size, dtype=np.int64)
+    for n in range(len(mask.table)):
+        i0 = np.maximum(0, -((start - q0[n]) // q.stride))
+        i1 = np.minimum(count, (q1[n] - 1 - start) // q.stride + 1)
+        some = i0 < i1
+        seen = _strided_area(start[some], i0[some], i1[some], q.stride, k0[n], k1[n], lo[n], hi[n])
+        np.add.at(pairs, rank[some], seen)
+    return pairs
+
+
+def _strided_area(start: np.ndarray, i0: np.ndarray, i1: np.ndarray, s: int, k0: int, k1: int, lo: int, hi: int) -> np.ndarray:
+    """Keys in ``[k0, k1)`` that queries ``start + s * i``, ``i0 <= i < i1``, see of a band."""
+    if s == 1:
+        limits = (np.full_like(i0, x) for x in (k0, k1, lo, hi))
+        return band_area(start + i0, start + i1, *limits)
+
+    def at_most(limit: int, height: int) -> np.ndarray:  # sum over rows of max(0, position + limit + 1 - height)
+        shift = start + limit + 1 - height
+        first = np.clip(-(shift // s), i0, i1)  # rows before it add nothing
+        return (i1 - first) * shift + s * (i1 * (i1 - 1) - first * (first - 1)) // 2
+
+    hi, below = (max(min(x, k1), k0 - int(start.max(initial=0)) - s * int(i1.max(initial=0)) - 1) for x in (hi, lo - 1))
+    return (at_most(hi, k0) - at_most(hi, k1)) - (at_most(below, k0) - at_most(below, k1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A configuration in figures. Bytes are of the forward pass over all ranks unless said otherwise; seconds are modelled.
+
+    Attributes:
+        balance: most pairs of a rank over the mean.
+        inner: ranks of a team that share heads.
+        needed: bytes of the rows that ranks read of others: the least that an exchange of keys and values alone sends; None where
+            heads travel.
+        sent: bytes sent.
+        sent_backward: bytes of the backward pass: keys and values again, and gradients.
+        calls, merges: of the busiest rank looked at.
+        forward, backward: seconds of the slowest rank looked at.
+        efficiency: of both passes: the time that one device takes for a rank's share of the pairs, over the slowest rank's.
+    """
+
+    world_size: int
+    transport: str
+    inner: int
+    balance: float
+    needed: int | None
+    sent: int
+    sent_backward: int
+    calls: int
+    merges: int
+    forward: float
+    backward: float
+    efficiency: float
+
+
+def report(
+    mask: Mask, held: Layout, transport: str, shape: Shape, speed: Speed, network: Network, *, inner: int = 1, most: int = 64
+) -> Report:
+    """Count and model a configuration.
+
+    Args:
+        mask: who sees whom.
+        held: which rank holds which tokens.
+        transport: a name; ``all_to_all`` for heads over all ranks.
+        inner: ranks of a team that share heads, in a grid.
+        most: in a larger world only the ranks with the most pairs and rows, the first, the middle and the last are planned.
+
+    Example:
+        >>> from nnscaler_ring.core import layout, mask
+        >>> held, causal = layout.zigzag(1 << 16, 8), mask.build(1 << 16, causal=True)
+        >>> made = report(causal, held, "ring", Shape(), SPEEDS["fa2-h100"], NETWORKS["nvlink"])
+        >>> made.balance, made.calls, made.sent / made.needed, made.efficiency > 0.9
+        (1.0, 8, 1.0, True)
+    """
+    world = held.world_size
+    inner = world if transport == ALL_TO_ALL else inner
+    outer = teams(held, inner)
+    if transport == "auto" or outer.world_size == 1:
+        transport = choose(mask, outer, outer)
+    pairs, needed = rank_pairs(mask, outer), rows_needed(mask, outer, outer)
+    looked_at: Iterable[int] = range(outer.world_size)
+    if outer.world_size > most:
+        looked_at = {0, outer.world_size // 2, outer.world_size - 1, int(pairs.argmax()), int(needed.argmax())}
+    plans = [plan(mask, outer, outer, transport, rank) for rank in looked_at]
+    shares = deal(shape.heads, shape.heads_k, inner)
+    busiest = replace(shape, heads=max(s.q[1] - s.q[0] for s in shares), heads_k=max(len(s.repeats) for s in shares))
+    before, after = _around(shape, shares, held)
+    lines = [
+        max(timeline(p, busiest, speed, network, bool(n), (int(before[n].max()), int(after[n].max()))).total for p in plans)
+        for n in range(2)
+    ]
+    rows = rows_sent(mask, outer, outer, transport) * sum(s.k[1] - s.k[0] for s in shares) // shape.heads_k
+    alone = pairs.sum() / world * (shape.flops() / speed.forward + shape.flops(True) / speed.backward)
+    return Report(
+        world_size=world,
+        transport=transport,
+        inner=inner,
+        balance=float(pairs.max() / max(pairs.mean(), 1e-9)) * busiest.heads * inner / shape.heads,
+        needed=int(needed.sum()) * shape.row if inner == 1 else None,
+        sent=rows * shape.row + int(before[0].sum() + after[0].sum()),
+        sent_backward=rows * (shape.row + shape.gradient_row) + int(before[1].sum() + after[1].sum()),
+        calls=max(p.num_calls for p in plans),
+        merges=max(p.num_merges for p in plans),
+        forward=lines[0],
+        backward=lines[1],
+        efficiency=float(alone) / sum(lines) if pairs.sum() else 1.0,
+    )
+
+
+def _around(shape: Shape, shares: Sequence[Share], held: Layout) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Bytes that each rank sends for heads before and after the walk, forward and backward: two ``[world_size]`` arrays each."""
+    inner = len(shares)
+    tokens = held.counts
+    team = np.repeat(tokens.reshape(-1, inner).sum(1), inner)
+    q, k = (np.array([s.q[1] - s.q[0] for s in shares]), np.array([s.k[1] - s.k[0] for s in shares]))
+    mine_q, mine_k = (np.tile(heads, held.world_size // inner) for heads in (q, k))
+    others_q, others_k = q.sum() - mine_q, k.sum() - mine_k
+    wire = shape.gradient if k.sum() > shape.heads_k else shape.element
+    both, b = shape.dim + shape.dim_v, shape.element
+    before = [tokens * (others_q * shape.dim + others_k * both) * b, tokens * others_q * shape.dim_v * b]
+    after = [
+        (team - tokens) * mine_q * (shape.dim_v * b + 4),
+        (team - tokens) * (mine_q * shape.dim * b + mine_k * both * wire),
+    ]
+    return [shape.batch * x for x in before], [shape.batch * x for x in after]
+
+
+# -- which transport ---------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network: Network) -> str:
+    """``ring``, ``halo`` or ``all_to_all``: what takes least time for both passes; of those about as fast, what sends least.
+
+    A ring hides its rows behind all calls but the first, a halo behind the calls on own rows, an exchange for heads behind nothing;
+    but it alone evens out the work of a layout that does not. Heads are exchanged only where they divide.
+
+    Example:
+        >>> from nnscaler_ring.core import layout, mask
+        >>> held, machine = layout.zigzag(1 << 16, 8), (SPEEDS["fa2-h100"], NETWORKS["nvlink"])
+        >>> window = mask.build(1 << 16, causal=True, window=(1024, 0))
+        >>> [best_transport(m, held, Shape(heads=28, heads_k=4), *machine) for m in (mask.build(1 << 16, causal=True), window)]
+        ['ring', 'halo']
+    """
+    world = held.world_size
+    pairs, needed = rank_pairs(mask, held), rows_needed(mask, held, held)
+    a_pair = shape.flops() / speed.forward + shape.flops(True) / speed.backward
+    compute, mean = float(pairs.max()) * a_pair, float(pairs.mean()) * a_pair
+    own = float((held.counts / np.maximum(held.counts + needed, 1)).min())  # of the keys that a rank reads
+    row = 2 * shape.row + shape.gradient_row  # keys and values twice, gradients once
+    sent = {"ring": rows_sent(mask, held, held, "ring") / world * row, "halo": float(needed.mean()) * row}
+    ring, halo = sent["ring"] / network.bandwidth, float(needed.max()) * row / network.bandwidth
+    times = {
+        "ring": compute + max(0.0, ring + (world - 1) * network.latency - mean * (world - 1) / world),
+        "halo": compute + max(0.0, halo + network.latency - mean * own),
+    }
+    if shape.heads % world == 0 and (shape.heads_k % world == 0 or world % shape.heads_k == 0):
+        before, after = _around(shape, deal(shape.heads, shape.heads_k, world), held)
+        sent["all_to_all"] = float(sum(x.mean() for x in (*before, *after)))
+        times["all_to_all"] = mean + sent["all_to_all"] / network.bandwidth + 4 * network.latency
+    fast = [name for name, seconds in times.items() if seconds <= ABOUT * min(times.values())]
+    return min(fast, key=lambda name: sent[name])
+
+
+ABOUT = 1.02
+"""Times within this of the best are about as fast: the model is not better than that."""
