@@ -111,14 +111,14 @@ class _Rows:
         return cls(torch.empty(size, k.shape[0], width, dtype=dtype, device=k.device), k.shape[2], (k.shape[3], v.shape[3]))
 
     @classmethod
-    def pack(cls, rows: np.ndarray, k: Tensor, v: Tensor) -> Tensor:
-        """Some rows of ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]``, packed."""
-        packed, start = cls.make(int((rows[:, 1] - rows[:, 0]).sum()), k, v, k.dtype), 0
-        for lo, hi in rows.tolist():
-            packed.k[:, start : start + hi - lo] = k[:, lo:hi]
-            packed.v[:, start : start + hi - lo] = v[:, lo:hi]
-            start += hi - lo
-        return packed.data
+    def pack(cls, messages: Sequence[Message], k: Tensor, v: Tensor) -> Callable[[np.ndarray], Tensor]:
+        """`take` of the rows of ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]`` that messages are about, packed once for all of them."""
+        rows = [m.rows for m in messages if m.size]
+        first, end = min((int(r[0, 0]) for r in rows), default=0), max((int(r[-1, 1]) for r in rows), default=0)
+        packed = cls.make(end - first, k, v, k.dtype)
+        packed.k.copy_(k[:, first:end])
+        packed.v.copy_(v[:, first:end])
+        return lambda rows: packed.take(rows - first)
 
     @property
     def k(self) -> Tensor:
@@ -160,13 +160,13 @@ def _walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: _Rows | None
         home: where the gradients of the own shard are added; None in the forward pass.
         wire: dtype in which gradients travel; that of `home` where None.
     """
-    arriving = yield from _fetch(plan, 1, lambda rows: _Rows.pack(rows, k, v), k, v, None)
+    arriving = yield from _fetch(plan, 1, None, k, v)
     visit(plan.steps[0], k, v, home)
     settle: Callable[[_Rows | None], None] = lambda grads: None  # noqa: E731
     opened = 1
     for t in range(1, len(plan.steps)):
         memory, step = arriving(), plan.steps[t]
-        arriving = yield from _fetch(plan, t + 1, memory.part(step).take, k, v, memory)
+        arriving = yield from _fetch(plan, t + 1, memory, k, v)
         if not step.ends:
             continue
         grads = None if home is None else memory.zeros(home.data.dtype)
@@ -181,13 +181,15 @@ def _walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: _Rows | None
     settle(None)
 
 
-def _fetch(
-    plan: RankPlan, t: int, take: Callable[[np.ndarray], Tensor], k: Tensor, v: Tensor, memory: _Rows | None
-) -> Generator[Exchange, Wait, Callable[[], _Rows]]:
-    """Start filling the buffer of step `t` with rows that ranks `take` of what they hold; returns how to wait for its memory."""
+def _fetch(plan: RankPlan, t: int, memory: _Rows | None, k: Tensor, v: Tensor) -> Generator[Exchange, Wait, Callable[[], _Rows]]:
+    """Start filling the buffer of step `t`; returns how to wait for its memory.
+
+    Ranks send rows of the buffer before, which is in `memory`, or of their own shard where that is None.
+    """
     if t >= len(plan.steps):
         return lambda: _Rows.make(0, k, v, k.dtype)
     step = plan.steps[t]
+    take = _Rows.pack(step.send, k, v) if memory is None else memory.part(plan.steps[t - 1]).take
     memory = memory if memory is not None and not step.room else _Rows.make(step.room, k, v, k.dtype)
     filled, buffer = memory, memory.part(step)
     inbox = [
@@ -195,6 +197,7 @@ def _fetch(
         for m in step.receive
     ]
     outbox = [(m.peer, take(m.rows)) for m in step.send]
+    del take
     wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in inbox])
 
     def arrived() -> _Rows:

@@ -15,9 +15,10 @@ from types import MappingProxyType
 import numpy as np
 
 from .cost import TILE, step_tiles
+from .geometry import overlaps
 from .heads import Share, deal, teams
 from .layout import Layout
-from .mask import Mask, band_area
+from .mask import Mask
 from .plan import ALL_TO_ALL, RankPlan, Step, choose, plan, rows_needed, rows_sent
 
 
@@ -176,29 +177,23 @@ def rank_pairs(mask: Mask, q: Layout) -> np.ndarray:
     """Visible pairs that each rank computes: int64 ``[world_size]``, whoever holds the keys."""
     rank, start, count = q.runs.T
     q0, q1, k0, k1, lo, hi = mask.table.T
-    pairs = np.zeros(q.world_size, dtype=np.int64)
-    for n in range(len(mask.table)):
-        i0 = np.maximum(0, -((start - q0[n]) // q.stride))
-        i1 = np.minimum(count, (q1[n] - 1 - start) // q.stride + 1)
-        some = i0 < i1
-        seen = _strided_area(start[some], i0[some], i1[some], q.stride, k0[n], k1[n], lo[n], hi[n])
-        np.add.at(pairs, rank[some], seen)
-    return pairs
+    at, run = overlaps(q0, q1, start, start + q.stride * (count - 1) + 1)
+    i0 = np.maximum(0, -((start[run] - q0[at]) // q.stride))
+    i1 = np.maximum(i0, np.minimum(count[run], (q1[at] - 1 - start[run]) // q.stride + 1))
+
+    def at_most(limit: np.ndarray) -> np.ndarray:
+        """Keys up to `limit` after each query: a ramp from the first key of the slice on, level from the last."""
+        limit = np.clip(limit, k0[at] - q.length, k1[at])
+        return _ramp(start[run] + limit + 1 - k0[at], i0, i1, q.stride) - _ramp(start[run] + limit + 1 - k1[at], i0, i1, q.stride)
+
+    seen = at_most(hi[at]) - at_most(lo[at] - 1)
+    return np.bincount(rank[run], seen, q.world_size).astype(np.int64)
 
 
-def _strided_area(start: np.ndarray, i0: np.ndarray, i1: np.ndarray, s: int, k0: int, k1: int, lo: int, hi: int) -> np.ndarray:
-    """Keys in ``[k0, k1)`` that queries ``start + s * i``, ``i0 <= i < i1``, see of a band."""
-    if s == 1:
-        limits = (np.full_like(i0, x) for x in (k0, k1, lo, hi))
-        return band_area(start + i0, start + i1, *limits)
-
-    def at_most(limit: int, height: int) -> np.ndarray:  # sum over rows of max(0, position + limit + 1 - height)
-        shift = start + limit + 1 - height
-        first = np.clip(-(shift // s), i0, i1)  # rows before it add nothing
-        return (i1 - first) * shift + s * (i1 * (i1 - 1) - first * (first - 1)) // 2
-
-    hi, below = (max(min(x, k1), k0 - int(start.max(initial=0)) - s * int(i1.max(initial=0)) - 1) for x in (hi, lo - 1))
-    return (at_most(hi, k0) - at_most(hi, k1)) - (at_most(below, k0) - at_most(below, k1))
+def _ramp(shift: np.ndarray, i0: np.ndarray, i1: np.ndarray, stride: int) -> np.ndarray:
+    """Sum of ``max(0, shift + stride * i)`` over ``i0 <= i < i1``."""
+    first = np.clip(-(shift // stride), i0, i1)  # rows before it add nothing
+    return (i1 - first) * shift + stride * (i1 * (i1 - 1) - first * (first - 1)) // 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,6 +119,7 @@ class OneRank(Transport):
             except StopIteration as end:
                 return [end.value]
             reply = self.start(exchange)
+            del exchange  # or what it sends would stay until the next one
 
 
 class ProcessTransport(OneRank):

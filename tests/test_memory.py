@@ -1,0 +1,98 @@
+"""What the engine allocates besides results: buffers of keys and values, and accumulators, at the peak of a pass.
+
+The kernel here computes nothing and allocates nothing, queries are few, and one rank walks alone: what is left are the buffers.
+They are counted in *pairs*, the bytes of a shard's keys and values; one of gradients in fp32 is two pairs of bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from nnscaler_ring.core import engine
+from nnscaler_ring.core.kernels.base import Case, Grad, Kernel, Spans, Window
+from nnscaler_ring.core.recipe import Recipe
+
+P, RANK, ROWS, HEADS, DIM = 8, 3, 512, 4, 16
+PAIR = ROWS * HEADS * 2 * DIM * 2
+SMALL = 0.05
+"""Results and tables, in pairs."""
+
+
+class Nothing(Kernel):
+    """Zeros, without memory of their own."""
+
+    name = "nothing"
+
+    def check(self, case: Case) -> None:
+        pass
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+        rows = int((spans[:, 1] - spans[:, 0]).sum())
+        lse = torch.zeros(1).expand(q.shape[0], q.shape[2], rows)
+        return q.new_zeros(1).expand(q.shape[0], rows, q.shape[2], v.shape[3]), lse
+
+    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scale: float) -> None:
+        pass
+
+
+def peak(run: Callable[[], object]) -> float:
+    """The most memory that `run` holds at once, in pairs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    found = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(found, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    assert found, "memory events were recorded"
+    return most / PAIR
+
+
+def peaks(monkeypatch: pytest.MonkeyPatch, **how: object) -> tuple[float, float]:
+    """Of the forward pass and of the backward pass."""
+    monkeypatch.setattr(engine, "kernel_for", lambda *_: Nothing())
+    recipe = str(Recipe(group=f"pretend:{P}:{RANK}", **{"causal": True, **how}))  # type: ignore[arg-type]
+    q, d_out = (torch.randn(1, 1, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(1, ROWS, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
+    rest = (None, None, None, P, ROWS * P, 0.1, recipe)
+    saved = engine.attention(q, k, v, *rest)
+    forward = peak(lambda: engine.attention(q, k, v, *rest))
+    backward = lambda: engine.attention_backward(d_out, q, k, v, *saved, *rest)  # noqa: E731
+    backward()
+    return forward, peak(backward)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "stripe"])
+def test_a_ring_holds_two_pairs(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one in use and the one on its way; backward besides the gradients of both, those on their way on, and the own ones."""
+    forward, backward = peaks(monkeypatch, layout=layout, transport="ring", causal=False)
+    assert 2 - SMALL < forward < 2 + SMALL
+    assert backward < 2 + 4 * 2 + SMALL
+
+
+def test_a_grouped_ring_holds_its_last_two_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hops 2 and 3 in use, 4 to 7 on their way."""
+    forward, _ = peaks(monkeypatch, layout="contiguous", transport="grouped_ring", causal=False)
+    assert 6 - SMALL < forward < 6 + SMALL
+
+
+def test_a_halo_holds_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a copy of the rows that it sends; backward the own gradients, as they are added up and as they are returned."""
+    forward, _ = peaks(monkeypatch, layout="contiguous", transport="halo", causal=False)
+    assert 8 - SMALL < forward < 8 + SMALL
+    narrow, narrow_backward = peaks(monkeypatch, layout="contiguous", transport="halo", window=(ROWS // 8, 0))
+    assert narrow < 2 / 8 + SMALL
+    assert narrow_backward < 2 + 1 + SMALL
+
+
+def test_all_gather_holds_two_of_its_strides_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks' keys and values, and the own ones packed, of the heads in use and of the next."""
+    whole, _ = peaks(monkeypatch, layout="contiguous", transport="all_gather", causal=False)
+    assert 9 - SMALL < whole < 9 + SMALL
+    one_head, backward = peaks(monkeypatch, layout="contiguous", transport="all_gather", causal=False, heads_stride=1)
+    assert one_head < 2 * 9 / HEADS + SMALL
+    assert backward < 2 * (9 + 8 * 2 + 8 * 2) / HEADS + 2 + SMALL
