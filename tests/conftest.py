@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 
 import hypothesis
@@ -17,6 +18,11 @@ hypothesis.settings.load_profile("nnscaler_ring")
 
 # Small tensors: more threads only wait for each other, most of all where processes share the cores.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

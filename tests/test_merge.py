@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.merge import flatten_varlen_lse, merge_, unflatten_varlen_lse, update_out_and_lse
+from nnscaler_ring.core.merge import flatten_varlen_lse, fused, merge_, unflatten_varlen_lse, update_out_and_lse
 
 INF = float("inf")
+Merge = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def merge(request: pytest.FixtureRequest) -> Merge:
+    """Each way to merge; Triton's in its interpreter."""
+    if request.param == "torch":
+        return merge_
+    pytest.importorskip("triton")
+    kernel = fused()
+    assert kernel is not None
+    return kernel
 
 
 def blocks(
@@ -40,15 +53,15 @@ def test_merged_blocks_are_the_softmax_over_all(num: int, logits: float) -> None
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e4, -1e4, 1e38, -1e38])
-def test_no_gap_between_weights_overflows(gap: float) -> None:
+def test_no_gap_between_weights_overflows(gap: float, merge: Merge) -> None:
     out, lse = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 1)
-    merge_(out, lse, torch.ones(1, 1, 1, 2), torch.full((1, 1, 1, 1), gap))
+    merge(out, lse, torch.ones(1, 1, 1, 2), torch.full((1, 1, 1, 1), gap))
     weight = torch.tensor(gap).sigmoid().item()
     assert out.flatten().tolist() == [weight, weight]
     assert lse.item() == pytest.approx(max(gap, 0.0) + math.log1p(math.exp(-abs(gap))))
 
 
-def test_rows_that_see_nothing() -> None:
+def test_rows_that_see_nothing(merge: Merge) -> None:
     """-inf with -inf stays 0 and -inf; -inf on one side takes the other side as it is."""
     nothing, some = torch.full((1, 1, 1, 1), -INF), torch.full((1, 1, 1, 1), 3.0)
     for a, b, want, want_lse in [
@@ -57,8 +70,26 @@ def test_rows_that_see_nothing() -> None:
         (some, nothing, 5.0, 3.0),
     ]:
         out, lse = torch.full((1, 1, 1, 2), 5.0 if a is some else 0.0), a.clone()
-        merge_(out, lse, torch.full((1, 1, 1, 2), 7.0 if b is some else 0.0), b)
+        merge(out, lse, torch.full((1, 1, 1, 2), 7.0 if b is some else 0.0), b)
         assert (out == want).all() and lse.item() == want_lse
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_fused_merge_is_the_merge(dtype: torch.dtype) -> None:
+    """On rows of a larger tensor, strided as the engine passes them, with an odd head dim."""
+    pytest.importorskip("triton")
+    kernel, exact = fused(), torch.promote_types(dtype, torch.float32)
+    assert kernel is not None
+    generator = torch.Generator().manual_seed(0)
+    out, lse = (torch.randn(2, 9, 5, n, generator=generator, dtype=exact) for n in (7, 1))
+    part = torch.randn(2, 4, 9, 7, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)[:, 2:]
+    part_lse = torch.randn(2, 4, 7, generator=generator, dtype=exact).transpose(1, 2).unsqueeze(3)
+    part_lse[0, 3] = lse[0, 3, 0] = -INF
+    wanted, got = [(out.clone(), lse.clone()) for _ in range(2)]
+    for function, (o, l) in ((merge_, wanted), (kernel, got)):
+        function(o[:, 1:8, 1:], l[:, 1:8, 1:], part, part_lse)
+    for have, want in zip(got, wanted, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-5 if exact == torch.float32 else 1e-13, atol=1e-6)
 
 
 def test_the_formula_and_the_dtypes() -> None:

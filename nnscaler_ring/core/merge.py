@@ -6,6 +6,9 @@ of the difference, which neither overflows nor underflows at any size of the log
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -13,10 +16,26 @@ from torch import Tensor
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Merge a result into `out` ``[B, L, H, Dv]`` and `lse` ``[B, L, H, 1]`` in place; ``-inf`` in both leaves a row as it is."""
+    """Merge a result into `out` ``[B, L, H, Dv]`` and `lse` ``[B, L, H, 1]`` in place; ``-inf`` in both leaves a row as it is.
+
+    One kernel on an accelerator where Triton is there, a chain of torch ops elsewhere.
+    """
+    if out.device.type in ("cuda", "xpu") and (kernel := fused()) is not None:
+        kernel(out, lse, block_out, block_lse)
+        return
     weight = torch.sigmoid(block_lse - lse).nan_to_num_(nan=0.0)  # -inf less -inf: neither has seen anything
     out.lerp_(block_out.to(out.dtype), weight)
     lse.copy_(torch.logaddexp(lse, block_lse))
+
+
+@lru_cache(maxsize=1)
+def fused() -> Callable[[Tensor, Tensor, Tensor, Tensor], None] | None:
+    """`kernels.fused.merge_`, or None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from .kernels.fused import merge_ as kernel
+
+    return kernel
 
 
 def update_out_and_lse(
