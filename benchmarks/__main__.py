@@ -6,10 +6,15 @@ import argparse
 import pathlib
 from collections.abc import Callable
 
-from benchmarks import cpu_cost, planning
+from benchmarks import cpu_cost, overlap, planning, scaling
 from benchmarks.report import hardware
 
-BENCHMARKS: dict[str, Callable[[int], str]] = {"cpu_cost": cpu_cost.table, "planning": planning.table}
+BENCHMARKS: dict[str, Callable[[int], str]] = {
+    "cpu_cost": cpu_cost.table,
+    "overlap": overlap.table,
+    "planning": planning.table,
+    "scaling": scaling.table,
+}
 
 
 def main() -> None:

@@ -182,6 +182,8 @@ def test_a_world_computes_what_the_mask_says(kind: str, transport: str) -> None:
         elif transport in ("ring", "grouped_ring"):
             assert sum(sent) == ring_rows(reads, k)
             assert sum(p.grad_rows_sent for p in walked.plans) == sum(sent)
+        elif transport == "full_ring":
+            assert sum(sent) == sum(p.grad_rows_sent for p in walked.plans) == (world - 1) * k.length
         elif transport == "broadcast":
             assert sent == [(world - 1) * count for count in k.counts.tolist()]
         else:
@@ -221,7 +223,7 @@ def test_a_plan_prints() -> None:
 
 def test_an_unknown_transport_lists_the_known() -> None:
     with pytest.raises(
-        ValueError, match="unknown transport 'pigeon': choose one of auto, ring, grouped_ring, all_gather, halo, broadcast"
+        ValueError, match="unknown transport 'pigeon': choose one of auto, ring, grouped_ring, full_ring, all_gather, halo, broadcast"
     ):
         check_transport("pigeon")
     assert [check_transport(name) for name in ("auto", *TRANSPORTS)] == ["auto", *TRANSPORTS]

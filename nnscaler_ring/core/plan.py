@@ -11,6 +11,7 @@ Transports are rows of a table:
               step `t` reads what started `t` ranks away
 ``grouped_ring``  as ``ring``, but calls wait until 1, 2, 4, ... hops have arrived: about log2(P) calls and merges, not P, for
               buffers that hold half of the sequence at the end
+``full_ring``  as ``ring``, but every row goes all the way round, whoever reads it: the ring of other libraries, to compare with
 ``all_gather``  every row goes straight to each rank that reads it, and the calls run on own and received rows joined: the
               fewest calls and merges
 ``halo``      as ``all_gather``, but calls on own rows run while the others are on their way
@@ -166,6 +167,7 @@ TRANSPORTS: Mapping[str, Transport] = MappingProxyType(
     {
         "ring": Transport(relay=True),
         "grouped_ring": Transport(relay=True, grows=True),
+        "full_ring": Transport(relay=True, everything=True),
         "all_gather": Transport(joined=True),
         "halo": Transport(),
         "broadcast": Transport(joined=True, everything=True),
@@ -207,7 +209,7 @@ def plan(mask: Mask, q: Layout, k: Layout, transport: str, rank: int) -> RankPla
     if transport == "auto":
         transport = choose(mask, q, k)
     if TRANSPORTS[transport].relay and q.world_size > 1:
-        return _relayed(mask, q, k, rank, TRANSPORTS[transport].grows)
+        return _relayed(mask, q, k, rank, TRANSPORTS[transport])
     return _direct(mask, q, k, rank, TRANSPORTS[transport])
 
 
@@ -224,7 +226,7 @@ def rows_sent(mask: Mask, q: Layout, k: Layout, transport: str) -> int:
     how = TRANSPORTS[transport]
     if how.everything:
         return (k.world_size - 1) * k.length
-    return _route(mask, q, k).moved if how.relay and q.world_size > 1 else int(rows_needed(mask, q, k).sum())
+    return _route(mask, q, k, False).moved if how.relay and q.world_size > 1 else int(rows_needed(mask, q, k).sum())
 
 
 # -- straight to the reader: all_gather, halo ---------------------------------------------------------------------------------
@@ -370,8 +372,11 @@ class _Route:
 
 
 @lru_cache(maxsize=64)
-def _route(mask: Mask, q: Layout, k: Layout) -> _Route:
-    """The direction that moves fewer rows, and how far each row goes in it."""
+def _route(mask: Mask, q: Layout, k: Layout, everything: bool) -> _Route:
+    """The direction that moves fewer rows, and how far each row goes in it: all round if `everything`."""
+    if everything:
+        rank, _, count = k.runs.T
+        return _Route(1, np.column_stack([rank, k.row0, k.row0 + count, np.full_like(rank, k.world_size - 1)]))
     reader, lo, hi = _needs(mask, q, k)
     pieces = _cut(k, np.concatenate([lo, hi]))
     return min((_Route(way, _hops(reader, lo, hi, pieces, way, q.world_size)) for way in (-1, 1)), key=lambda route: route.moved)
@@ -452,14 +457,14 @@ def rows_needed(mask: Mask, q: Layout, k: Layout) -> np.ndarray:
     return (np.bincount(reader, hi - lo, q.world_size) - np.bincount(reader[mine], own, q.world_size)).astype(np.int64)
 
 
-def _relayed(mask: Mask, q: Layout, k: Layout, rank: int, grows: bool) -> RankPlan:
-    world, route = q.world_size, _route(mask, q, k)
+def _relayed(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) -> RankPlan:
+    world, route = q.world_size, _route(mask, q, k, transport.everything)
     last = int(route.pieces[:, 3].max()) if len(route.pieces) else 0
     q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
     # 1. what arrives with each hop, and where in its memory it starts
     origins = (rank - route.direction * np.arange(last + 1)) % world
     held = [np.array([[0, k_rows]]), *(route.held(origins[hops], hops) for hops in range(1, last + 1))]
-    sizes, groups = [_size(rows) for rows in held], _groups(last, grows)
+    sizes, groups = [_size(rows) for rows in held], _groups(last, transport.grows)
     at, room, group_of = np.zeros(last + 1, dtype=np.int64), [0] * (last + 1), np.zeros(last + 1, dtype=np.int64)
     for n, (first, end) in enumerate(groups):
         at[first:end] = np.cumsum([0, *sizes[first : end - 1]])

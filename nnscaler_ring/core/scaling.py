@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from .cost import TILE, step_tiles
+from .cost import TILE, step_tiles, tiles
 from .geometry import overlaps
 from .heads import Share, deal, teams
 from .layout import Layout
@@ -202,6 +202,7 @@ class Report:
 
     Attributes:
         balance: most pairs of a rank over the mean.
+        tile_balance: the same in the tiles that a kernel computes; None where not all ranks are planned.
         inner: ranks of a team that share heads.
         needed: bytes of the rows that ranks read of others: the least that an exchange of keys and values alone sends; None where
             heads travel.
@@ -216,6 +217,7 @@ class Report:
     transport: str
     inner: int
     balance: float
+    tile_balance: float | None
     needed: int | None
     sent: int
     sent_backward: int
@@ -263,12 +265,15 @@ def report(
         for n in range(2)
     ]
     rows = rows_sent(mask, outer, outer, transport) * sum(s.k[1] - s.k[0] for s in shares) // shape.heads_k
+    worked = [tiles(p) for p in plans]
+    spread = busiest.heads * inner / shape.heads
     alone = pairs.sum() / world * (shape.flops() / speed.forward + shape.flops(True) / speed.backward)
     return Report(
         world_size=world,
         transport=transport,
         inner=inner,
-        balance=float(pairs.max() / max(pairs.mean(), 1e-9)) * busiest.heads * inner / shape.heads,
+        balance=float(pairs.max() / max(pairs.mean(), 1e-9)) * spread,
+        tile_balance=max(worked) * len(worked) / max(sum(worked), 1) * spread if len(plans) == outer.world_size else None,
         needed=int(needed.sum()) * shape.row if inner == 1 else None,
         sent=rows * shape.row + int(before[0].sum() + after[0].sum()),
         sent_backward=rows * (shape.row + shape.gradient_row) + int(before[1].sum() + after[1].sum()),
