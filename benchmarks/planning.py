@@ -45,7 +45,7 @@ def table(repeats: int) -> str:
 def _cold(run: Callable[[], object], repeats: int) -> list[float]:
     spent = []
     for _ in range(repeats):
-        for cached in (planner.plan, planner.choose, planner._route):
+        for cached in (planner.plan, planner.choose, planner._chains):
             cached.cache_clear()
         start = time.perf_counter()
         run()

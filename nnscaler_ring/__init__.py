@@ -35,6 +35,7 @@ from .functional import (
     zigzag_ring_flash_attn_varlen_kvpacked_func,
     zigzag_ring_flash_attn_varlen_qkvpacked_func,
 )
+from .launch import cleanup_distributed, setup_mpi_distributed
 from .ops import (
     wrap_ring_attn_func,
     wrap_ring_attn_varlen_func,
@@ -51,6 +52,7 @@ __all__ = [
     "ContextParallel",
     "Mask",
     "Slice",
+    "cleanup_distributed",
     "intel_ring_flash_attn_func",
     "intel_ring_flash_attn_kvpacked_func",
     "intel_ring_flash_attn_qkvpacked_func",
@@ -68,6 +70,7 @@ __all__ = [
     "ring_sliding_window_attn_varlen",
     "ring_streaming_llm_attn",
     "ring_streaming_llm_attn_varlen",
+    "setup_mpi_distributed",
     "stripe_flash_attn_func",
     "stripe_flash_attn_kvpacked_func",
     "stripe_flash_attn_qkvpacked_func",

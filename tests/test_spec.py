@@ -53,6 +53,8 @@ SIGNATURES: dict[str, str] = {
     "ring_sliding_window_attn_varlen": f"q, k, v, window_size, cu_seqlens, {CP}",
     "ring_streaming_llm_attn": f"q, k, v, window_size, {CP}",
     "ring_streaming_llm_attn_varlen": f"q, k, v, window_size, cu_seqlens, {CP}",
+    "setup_mpi_distributed": "backend=None",
+    "cleanup_distributed": "",
     "core.update_out_and_lse": "out, lse, block_out, block_lse, slice_=None",
     "core.flatten_varlen_lse": "lse, cu_seqlens",
     "core.unflatten_varlen_lse": "lse, cu_seqlens, max_seqlen",

@@ -2,16 +2,16 @@
 
 A rank's walk has steps. In step 0 it reads its own key/value rows. Each later step has a *buffer* of rows that arrived from
 peers, and the calls that read it; the rows of a step's messages are rows of the buffer of the step before (ring: they are passed
-on) or of the own shard (everything else). Gradients of a buffer's rows go to whoever holds them next, or home if nobody does.
+on) or of the own shard (everything else). Gradients of a buffer's rows go to whoever gets the rows next, or home if nobody does.
 
 Transports are rows of a table:
 
 ============  ==========================================================================================================
-``ring``      each row goes from neighbour to neighbour as far as somebody still reads it, in the direction that moves less;
-              step `t` reads what started `t` ranks away
-``grouped_ring``  as ``ring``, but calls wait until 1, 2, 4, ... hops have arrived: about log2(P) calls and merges, not P, for
-              buffers that hold half of the sequence at the end
-``full_ring``  as ``ring``, but every row goes all the way round, whoever reads it: the ring of other libraries, to compare with
+``ring``      each row goes from reader to reader round the ring, past ranks that do not read it; step `t` reads what its `t`-th
+              reader gets
+``grouped_ring``  as ``ring``, but calls wait until 1, 2, 4, ... steps have brought their rows: about log2(P) calls and merges, not
+              P, for buffers that hold half of the sequence at the end
+``full_ring``  as ``ring``, but every rank takes part, whoever reads: the ring of other libraries, to compare with
 ``all_gather``  every row goes straight to each rank that reads it, and the calls run on own and received rows joined: the
               fewest calls and merges
 ``halo``      as ``all_gather``, but calls on own rows run while the others are on their way
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -195,7 +195,7 @@ def plan(mask: Mask, q: Layout, k: Layout, transport: str, rank: int) -> RankPla
         mask: who sees whom, over ``q.length`` queries and ``k.length`` keys.
         q: which rank holds which queries.
         k: which rank holds which keys; of one stride with `q`.
-        transport: a name in `TRANSPORTS`, or ``auto``: ``ring`` unless going straight moves fewer rows.
+        transport: a name in `TRANSPORTS`, or ``auto`` for what `choose` says.
         rank: the rank, ``0 .. world_size-1``.
 
     Example:
@@ -215,10 +215,22 @@ def plan(mask: Mask, q: Layout, k: Layout, transport: str, rank: int) -> RankPla
 
 @lru_cache(maxsize=256)
 def choose(mask: Mask, q: Layout, k: Layout) -> str:
-    """The transport that moves fewer rows over the whole world; ``ring`` where they move the same."""
+    """``halo``, in one step, while no rank sends or receives more than a shard so; beyond that ``ring``.
+
+    Both move the same rows, but straight from their owner some ranks send the same row to many others.
+    """
     if q.world_size == 1:
         return "all_gather"
-    return min(("ring", "halo"), key=lambda name: rows_sent(mask, q, k, name))
+    busiest = max(rows_given(mask, q, k).max(), rows_needed(mask, q, k).max())
+    return "halo" if busiest <= k.counts.max() else "ring"
+
+
+@lru_cache(maxsize=64)
+def rows_given(mask: Mask, q: Layout, k: Layout) -> np.ndarray:
+    """Rows that each rank sends where its rows go straight to all their readers: int64 ``[world_size]``."""
+    chains = _chains(mask, q, k, False)
+    sizes = chains.pieces[:, 3] - chains.pieces[:, 2]
+    return np.bincount(chains.pieces[:, 0], sizes * chains.length, k.world_size).astype(np.int64)
 
 
 def rows_sent(mask: Mask, q: Layout, k: Layout, transport: str) -> int:
@@ -226,7 +238,7 @@ def rows_sent(mask: Mask, q: Layout, k: Layout, transport: str) -> int:
     how = TRANSPORTS[transport]
     if how.everything:
         return (k.world_size - 1) * k.length
-    return _route(mask, q, k, False).moved if how.relay and q.world_size > 1 else int(rows_needed(mask, q, k).sum())
+    return int(rows_needed(mask, q, k).sum())
 
 
 # -- straight to the reader: all_gather, halo ---------------------------------------------------------------------------------
@@ -354,32 +366,79 @@ def _turns(bands: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class _Route:
-    """The way of all rows round the ring: pieces ``(origin, lo, hi, hops)``, by origin, and the direction, +1 to higher ranks."""
+class _Chains:
+    """The way of all rows: from the rank that holds them to each reader in turn, in the order in which the ring comes to them.
+
+    Attributes:
+        direction: of the ring, +1 to higher ranks.
+        pieces: ``(origin, row, address, end)`` of rows that the same ranks read, in ascending address.
+        reads: bool ``[pieces, world - 1]``: whether the rank at a distance from the origin, 1 first, reads them.
+    """
 
     direction: int
     pieces: np.ndarray
+    reads: np.ndarray
 
     @property
-    def moved(self) -> int:
-        return int(((self.pieces[:, 2] - self.pieces[:, 1]) * self.pieces[:, 3]).sum())
+    def steps(self) -> int:
+        """Readers of the row that most ranks read."""
+        return int(self.length.max(initial=0))
 
-    def held(self, origin: int, hops: int) -> np.ndarray:
-        """Rows of `origin` that still go on after ``hops - 1`` hops: what the rank `hops` away gets."""
-        first, end = np.searchsorted(self.pieces[:, 0], [origin, origin + 1])
-        rows = self.pieces[first:end]
-        return coalesce(rows[rows[:, 3] >= hops, 1:3])
+    @cached_property
+    def length(self) -> np.ndarray:
+        """Readers of each piece."""
+        return self.reads.sum(1)
+
+    def rank_at(self, piece: np.ndarray, distance: np.ndarray) -> np.ndarray:
+        """The rank at a distance, counted from 0, on the way of each piece."""
+        return (self.pieces[piece, 0] + self.direction * (distance + 1)) % (self.reads.shape[1] + 1)
+
+    def seen_from(self, rank: int) -> tuple[np.ndarray, ...]:
+        """Of the pieces that `rank` reads: number, place in the chain from 1, the rank before, and the one after or -1."""
+        distance = (rank - self.pieces[:, 0]) * self.direction % (self.reads.shape[1] + 1) - 1
+        far = np.flatnonzero(distance >= 0)
+        piece = far[self.reads[far, distance[far]]]
+        reads, own = self.reads[piece], distance[piece, None]
+        columns = np.arange(reads.shape[1])
+        earlier, later = reads & (columns < own), reads & (columns > own)
+        place = earlier.sum(1) + 1
+        before = np.where(place > 1, self.rank_at(piece, reads.shape[1] - 1 - earlier[:, ::-1].argmax(1)), self.pieces[piece, 0])
+        after = np.where(later.any(1), self.rank_at(piece, later.argmax(1)), -1)
+        return piece, place, before, after
+
+    def sent_from(self, rank: int) -> tuple[np.ndarray, ...]:
+        """Of the pieces that `rank` holds and others read: number, the first reader and the last."""
+        piece = np.flatnonzero((self.pieces[:, 0] == rank) & (self.length > 0))
+        reads = self.reads[piece]
+        last = reads.shape[1] - 1 - reads[:, ::-1].argmax(1)
+        return piece, self.rank_at(piece, reads.argmax(1)), self.rank_at(piece, last)
 
 
-@lru_cache(maxsize=64)
-def _route(mask: Mask, q: Layout, k: Layout, everything: bool) -> _Route:
-    """The direction that moves fewer rows, and how far each row goes in it: all round if `everything`."""
+@lru_cache(maxsize=32)
+def _chains(mask: Mask, q: Layout, k: Layout, everything: bool) -> _Chains:
+    """The chains in the direction in which rows skip fewer ranks; with `everything` all ranks read all rows."""
+    world = k.world_size
     if everything:
-        rank, _, count = k.runs.T
-        return _Route(1, np.column_stack([rank, k.row0, k.row0 + count, np.full_like(rank, k.world_size - 1)]))
+        pieces = _cut(k, _addresses(k))
+        return _Chains(1, pieces, np.ones((len(pieces), world - 1), dtype=bool))
     reader, lo, hi = _needs(mask, q, k)
     pieces = _cut(k, np.concatenate([lo, hi]))
-    return min((_Route(way, _hops(reader, lo, hi, pieces, way, q.world_size)) for way in (-1, 1)), key=lambda route: route.moved)
+    change = np.zeros((len(pieces) + 1, world), dtype=np.int8)
+    np.add.at(change, (np.searchsorted(pieces[:, 2], lo), reader), 1)
+    np.add.at(change, (np.searchsorted(pieces[:, 2], hi), reader), -1)
+    member = np.cumsum(change[:-1], axis=0, dtype=np.int8).astype(bool)
+    some = np.flatnonzero(member.sum(1) > member[np.arange(len(pieces)), pieces[:, 0]])  # read by others
+    pieces, member = pieces[some], member[some]
+    chains = []
+    for way in (-1, 1):
+        ranks = (pieces[:, :1] + way * np.arange(1, world)) % world
+        chains.append(_Chains(way, pieces, np.take_along_axis(member, ranks, axis=1)))
+
+    def skipped(chain: _Chains) -> int:
+        last = np.where(chain.reads.any(1), world - 1 - chain.reads[:, ::-1].argmax(1), 0)
+        return int(((pieces[:, 3] - pieces[:, 2]) * (last - chain.length)).sum())
+
+    return min(chains, key=skipped)
 
 
 def _cut(k: Layout, points: np.ndarray) -> np.ndarray:
@@ -389,32 +448,6 @@ def _cut(k: Layout, points: np.ndarray) -> np.ndarray:
     order = np.argsort(start)
     run = order[np.searchsorted(start[order], points[:-1], side="right") - 1]
     return np.column_stack([k.runs[run, 0], k.row0[run] + points[:-1] - start[run], points[:-1], points[1:]])
-
-
-def _hops(reader: np.ndarray, lo: np.ndarray, hi: np.ndarray, pieces: np.ndarray, way: int, world: int) -> np.ndarray:
-    """How far each piece goes: to its last reader, which is the first one that the opposite way round comes to.
-
-    Returns ``(origin, lo, hi, hops)`` in rows, of the pieces that leave their rank.
-    """
-    origin, address = pieces[:, 0], pieces[:, 2]
-    span = int(pieces[:, 3].max(initial=0)) + 1
-    starts, ends = reader * span + lo, np.append(-1, reader * span + hi)
-
-    def reads(rank: np.ndarray, address: np.ndarray) -> np.ndarray:
-        at = rank * span + address
-        return ends[np.searchsorted(starts, at, side="right")] > at
-
-    readers = np.searchsorted(np.sort(lo), address, side="right") - np.searchsorted(np.sort(hi), address, side="right")
-    hops, left = np.zeros(len(pieces), dtype=np.int64), np.flatnonzero(readers > reads(origin, address))
-    for distance in range(world - 1, 0, -1):
-        if not len(left):
-            break
-        found = reads((origin[left] + way * distance) % world, address[left])
-        hops[left[found]] = distance
-        left = left[~found]
-    origin, row, address, end = pieces[hops > 0].T
-    table = np.column_stack([origin, row, row + end - address, hops[hops > 0]])
-    return table[np.lexsort((table[:, 1], table[:, 0]))]
 
 
 # -- who needs what ----------------------------------------------------------------------------------------------------------
@@ -445,6 +478,7 @@ def _needs(mask: Mask, q: Layout, k: Layout) -> tuple[np.ndarray, np.ndarray, np
     return reader, lo, hi
 
 
+@lru_cache(maxsize=64)
 def rows_needed(mask: Mask, q: Layout, k: Layout) -> np.ndarray:
     """Key/value rows of others that each rank reads: int64 ``[world_size]``, what any exchange must bring at least."""
     reader, lo, hi = _needs(mask, q, k)
@@ -458,90 +492,92 @@ def rows_needed(mask: Mask, q: Layout, k: Layout) -> np.ndarray:
 
 
 def _relayed(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) -> RankPlan:
-    world, route = q.world_size, _route(mask, q, k, transport.everything)
-    last = int(route.pieces[:, 3].max()) if len(route.pieces) else 0
+    chains = _chains(mask, q, k, transport.everything)
     q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
-    # 1. what arrives with each hop, and where in its memory it starts
-    origins = (rank - route.direction * np.arange(last + 1)) % world
-    held = [np.array([[0, k_rows]]), *(route.held(origins[hops], hops) for hops in range(1, last + 1))]
-    sizes, groups = [_size(rows) for rows in held], _groups(last, transport.grows)
-    at, room, group_of = np.zeros(last + 1, dtype=np.int64), [0] * (last + 1), np.zeros(last + 1, dtype=np.int64)
+    # 1. what arrives at each step, in ascending address, and where in its memory
+    piece, step, before, after = chains.seen_from(rank)
+    origin, row, size = chains.pieces[piece, 0], chains.pieces[piece, 1], chains.pieces[piece, 3] - chains.pieces[piece, 2]
+    order = np.argsort(step, kind="stable")
+    step, before, after, origin, row, size = (x[order] for x in (step, before, after, origin, row, size))
+    bounds = np.searchsorted(step, np.arange(1, chains.steps + 2))
+    total = np.append(0, np.cumsum(size))
+    start = total[:-1] - total[bounds[step - 1]]  # in the buffer of its step
+    sizes = np.diff(total[bounds], prepend=0)
+    groups = _groups(chains.steps, transport.grows)
+    at, room, group_of = (
+        np.zeros(chains.steps + 1, dtype=np.int64),
+        [0] * (chains.steps + 1),
+        np.zeros(chains.steps + 1, dtype=np.int64),
+    )
     for n, (first, end) in enumerate(groups):
         at[first:end] = np.cumsum([0, *sizes[first : end - 1]])
-        room[first], group_of[first:end] = sum(sizes[first:end]), n + 1
+        room[first], group_of[first:end] = int(sizes[first:end].sum()), n + 1
     # 2. the calls of each memory, in order
-    mine = visible(mask, q, k, reader=rank)
-    hops = (rank - mine[:, 1]) * route.direction % world
-    far, order = hops > 0, np.argsort(group_of[hops], kind="stable")
-    bands = mine[:, 2:].copy()
-    bands[far] = _in_buffer(mine[far], _places(origins[1:], held[1:], at[1:]))
-    cuts = np.searchsorted(group_of[hops][order], np.arange(1, len(groups) + 1))
-    calls = _calls(np.split(bands[order], cuts), q_rows)
+    bands, when = _arriving(
+        visible(mask, q, k, reader=rank), rank, np.column_stack([origin, row, row + size, start + at[step], step])
+    )
+    order = np.argsort(group_of[when], kind="stable")
+    calls = _calls(np.split(bands[order], np.searchsorted(group_of[when][order], np.arange(1, len(groups) + 1))), q_rows)
     # 3. the steps
-    steps = [Step(k_rows, calls=calls[0])]
-    stays = [route.held(rank, hop) for hop in range(1, last + 2)]
-    ends, sent = {end - 1 for _, end in groups}, _one((rank + route.direction) % world, stays[0])
-    for hop in range(1, last + 1):
-        onward = _within(route.held(origins[hop], hop + 1), held[hop])
+    mine, first_reader, last_reader = chains.sent_from(rank)
+    own = chains.pieces[mine, 1]
+    own_end, back = own + chains.pieces[mine, 3] - chains.pieces[mine, 2], chains.length[mine]
+    steps, send = [Step(k_rows, calls=calls[0])], _messages(first_reader, own, own_end)
+    ends = {end - 1 for _, end in groups}
+    for t in range(1, chains.steps + 1):
+        here = slice(bounds[t - 1], bounds[t])
+        lo, hi = start[here], start[here] + size[here]
+        goes_on, returns = after[here] >= 0, back == t
         steps.append(
             Step(
-                sizes[hop],
-                send=sent,
-                receive=_one((rank - route.direction) % world, np.array([[0, sizes[hop]]])),
-                at=int(at[hop]),
-                room=room[hop],
-                ends=hop in ends,
-                calls=calls[group_of[hop]] if hop in ends else (),
-                relays=hop < last,
-                home_send=_one(int(origins[hop]), _minus(np.array([[0, sizes[hop]]]), onward)),
-                home_receive=_one((rank + route.direction * hop) % world, _minus(stays[hop - 1], stays[hop])),
+                int(sizes[t]),
+                send=send,
+                receive=_messages(before[here], lo, hi),
+                at=int(at[t]),
+                room=room[t],
+                ends=t in ends,
+                calls=calls[group_of[t]] if t in ends else (),
+                relays=t < chains.steps,
+                home_send=_messages(origin[here][~goes_on], lo[~goes_on], hi[~goes_on]),
+                home_receive=_messages(last_reader[returns], own[returns], own_end[returns]),
             )
         )
-        sent = _one((rank + route.direction) % world, onward)
-    return RankPlan(rank, world, q_rows, k_rows, tuple(steps))
+        send = _messages(after[here][goes_on], lo[goes_on], hi[goes_on])
+    return RankPlan(rank, q.world_size, q_rows, k_rows, tuple(steps))
 
 
-def _places(origins: np.ndarray, held: Sequence[np.ndarray], at: np.ndarray) -> np.ndarray:
-    """Where the rows held of each origin lie in the memory, end to end from `at`: a buffer ``(origin, lo, hi, start)``."""
-    if not held:
-        return np.empty((0, 4), dtype=np.int64)
-    rows, number = np.concatenate(held), np.repeat(np.arange(len(held)), [len(each) for each in held])
-    ends = np.cumsum(rows[:, 1] - rows[:, 0])
-    before = np.append(0, ends)[np.searchsorted(number, np.arange(len(held)))]
-    return np.column_stack([origins[number], rows, at[number] + ends - (rows[:, 1] - rows[:, 0]) - before[number]])
+def _arriving(bands: np.ndarray, rank: int, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bands of a rank's queries ``[n, 8]`` over rows of memory, and the step with which each can be computed, 0 for own rows.
+
+    Args:
+        arrivals: ``(origin, lo, hi, start, step)``: rows of an origin, where in memory they start, and when they arrive. A band
+            over rows of several steps becomes several bands.
+    """
+    own = bands[:, 1] == rank
+    far, order = bands[~own], np.lexsort((arrivals[:, 1], arrivals[:, 0]))
+    origin, lo, hi, start, step = arrivals[order].T
+    if not len(order):
+        return bands[:, 2:], np.zeros(len(bands), dtype=np.int64)
+    follows = (
+        (origin[1:] == origin[:-1]) & (lo[1:] == hi[:-1]) & (step[1:] == step[:-1]) & (start[1:] - start[:-1] == lo[1:] - lo[:-1])
+    )
+    first = np.flatnonzero(np.append(True, ~follows))
+    origin, lo, start, step, hi = origin[first], lo[first], start[first], step[first], hi[np.append(first[1:], len(hi)) - 1]
+    span = int(max(hi.max(), far[:, 5].max(initial=0))) + 1
+    band, run = overlaps(far[:, 1] * span + far[:, 4], far[:, 1] * span + far[:, 5], origin * span + lo, origin * span + hi)
+    _, _, i0, i1, j0, j1, low, high = far[band].T
+    cut = trim(i0, i1, np.maximum(j0, lo[run]), np.minimum(j1, hi[run]), low, high)
+    shift = start[run] - lo[run]
+    moved = np.stack([cut[0], cut[1], cut[2] + shift, cut[3] + shift, cut[4] + shift, cut[5] + shift], axis=1)
+    some = (moved[:, 0] < moved[:, 1]) & (moved[:, 2] < moved[:, 3])
+    when = np.concatenate([np.zeros(int(own.sum()), dtype=np.int64), step[run][some]])
+    return np.concatenate([bands[own, 2:], moved[some]]), when
 
 
 def _groups(last: int, grows: bool) -> list[tuple[int, int]]:
     """Hops ``first .. end - 1`` whose rows are read at once: one by one, or 1, 2, 4, ... of them."""
     firsts = [1 << n for n in range(last.bit_length())] if grows else list(range(1, last + 1))
     return list(pairwise([*firsts, last + 1]))
-
-
-def _size(rows: np.ndarray) -> int:
-    return int((rows[:, 1] - rows[:, 0]).sum())
-
-
-def _one(peer: int, rows: np.ndarray) -> tuple[Message, ...]:
-    rows = rows[rows[:, 0] < rows[:, 1]]
-    return (Message(peer, rows),) if len(rows) else ()
-
-
-def _within(rows: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """Intervals `rows`, each inside one of the intervals `held`, as places in the buffer that stores `held` end to end."""
-    if not len(rows):
-        return rows
-    start = np.cumsum(held[:, 1] - held[:, 0]) - (held[:, 1] - held[:, 0])
-    at = np.searchsorted(held[:, 0], rows[:, 0], side="right") - 1
-    return coalesce(rows + (start[at] - held[at, 0])[:, None])
-
-
-def _minus(rows: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Ordered intervals `rows` without the ordered intervals `other`, which lie inside them."""
-    if not len(rows) or not len(other):
-        return rows
-    points = np.sort(np.concatenate([rows.ravel(), other.ravel()]))
-    pieces = points.reshape(-1, 2)  # inside `rows` every point flips between kept and not kept
-    return coalesce(pieces[pieces[:, 0] < pieces[:, 1]])
 
 
 @lru_cache(maxsize=1024)

@@ -19,7 +19,7 @@ from .geometry import overlaps
 from .heads import Share, deal, teams
 from .layout import Layout
 from .mask import Mask
-from .plan import ALL_TO_ALL, RankPlan, Step, choose, plan, rows_needed, rows_sent
+from .plan import ALL_TO_ALL, RankPlan, Step, choose, plan, rows_given, rows_needed, rows_sent
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,7 @@ def _seconds(step: Step, shape: Shape, speed: Speed, backward: bool) -> float:
 # -- a whole world ---------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=64)
 def rank_pairs(mask: Mask, q: Layout) -> np.ndarray:
     """Visible pairs that each rank computes: int64 ``[world_size]``, whoever holds the keys."""
     rank, start, count = q.runs.T
@@ -210,7 +211,8 @@ class Report:
         sent_backward: bytes of the backward pass: keys and values again, and gradients.
         calls, merges: of the busiest rank looked at.
         forward, backward: seconds of the slowest rank looked at.
-        efficiency: of both passes: the time that one device takes for a rank's share of the pairs, over the slowest rank's.
+        efficiency: of both passes: a rank's share of the visible pairs at the kernel's speed, without launches or half-empty
+            tiles, over the slowest rank's time.
     """
 
     world_size: int
@@ -236,7 +238,7 @@ def report(
     Args:
         mask: who sees whom.
         held: which rank holds which tokens.
-        transport: a name; ``all_to_all`` for heads over all ranks.
+        transport: a name in `plan.TRANSPORTS`, ``auto`` for what `plan.choose` says, ``all_to_all`` for heads over all ranks.
         inner: ranks of a team that share heads, in a grid.
         most: in a larger world only the ranks with the most pairs and rows, the first, the middle and the last are planned.
 
@@ -246,9 +248,14 @@ def report(
         >>> made = report(causal, held, "ring", Shape(), SPEEDS["fa2-h100"], NETWORKS["nvlink"])
         >>> made.balance, made.calls, made.sent / made.needed, made.efficiency > 0.9
         (1.0, 8, 1.0, True)
+
+    Raises:
+        ValueError: the ranks do not divide into teams.
     """
     world = held.world_size
     inner = world if transport == ALL_TO_ALL else inner
+    if world % inner:
+        raise ValueError(f"{world} ranks do not divide into teams of {inner}")
     outer = teams(held, inner)
     if transport == "auto" or outer.world_size == 1:
         transport = choose(mask, outer, outer)
@@ -259,7 +266,7 @@ def report(
     plans = [plan(mask, outer, outer, transport, rank) for rank in looked_at]
     shares = deal(shape.heads, shape.heads_k, inner)
     busiest = replace(shape, heads=max(s.q[1] - s.q[0] for s in shares), heads_k=max(len(s.repeats) for s in shares))
-    before, after = _around(shape, shares, held)
+    before, after = head_bytes(shape, shares, held)
     lines = [
         max(timeline(p, busiest, speed, network, bool(n), (int(before[n].max()), int(after[n].max()))).total for p in plans)
         for n in range(2)
@@ -285,7 +292,7 @@ def report(
     )
 
 
-def _around(shape: Shape, shares: Sequence[Share], held: Layout) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def head_bytes(shape: Shape, shares: Sequence[Share], held: Layout) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Bytes that each rank sends for heads before and after the walk, forward and backward: two ``[world_size]`` arrays each."""
     inner = len(shares)
     tokens = held.counts
@@ -308,10 +315,11 @@ def _around(shape: Shape, shares: Sequence[Share], held: Layout) -> tuple[list[n
 
 @lru_cache(maxsize=1024)
 def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network: Network) -> str:
-    """``ring``, ``halo`` or ``all_to_all``: what takes least time for both passes; of those about as fast, what sends least.
+    """``all_to_all`` if it takes less time for both passes than moving keys and values as `plan.choose` says, else that.
 
     A ring hides its rows behind all calls but the first, a halo behind the calls on own rows, an exchange for heads behind nothing;
-    but it alone evens out the work of a layout that does not. Heads are exchanged only where they divide.
+    but it alone evens out the work of a layout that does not. Heads are exchanged only where they divide; of ways about as fast the
+    one that sends less is taken.
 
     Example:
         >>> from nnscaler_ring.core import layout, mask
@@ -320,22 +328,23 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
         >>> [best_transport(m, held, Shape(heads=28, heads_k=4), *machine) for m in (mask.build(1 << 16, causal=True), window)]
         ['ring', 'halo']
     """
-    world = held.world_size
+    world, rows = held.world_size, choose(mask, held, held)
+    if shape.heads % world or (shape.heads_k % world and world % shape.heads_k):
+        return rows
     pairs, needed = rank_pairs(mask, held), rows_needed(mask, held, held)
     a_pair = shape.flops() / speed.forward + shape.flops(True) / speed.backward
     compute, mean = float(pairs.max()) * a_pair, float(pairs.mean()) * a_pair
-    own = float((held.counts / np.maximum(held.counts + needed, 1)).min())  # of the keys that a rank reads
     row = 2 * shape.row + shape.gradient_row  # keys and values twice, gradients once
-    sent = {"ring": rows_sent(mask, held, held, "ring") / world * row, "halo": float(needed.mean()) * row}
-    ring, halo = sent["ring"] / network.bandwidth, float(needed.max()) * row / network.bandwidth
+    own = float((held.counts / np.maximum(held.counts + needed, 1)).min())  # of the keys that a rank reads
+    hidden = mean * (own if rows == "halo" else (world - 1) / world)
+    busiest = float(np.maximum(needed, rows_given(mask, held, held)).max() if rows == "halo" else needed.max()) * row
+    before, after = head_bytes(shape, deal(shape.heads, shape.heads_k, world), held)
+    around = float(sum(x.mean() for x in (*before, *after)))
     times = {
-        "ring": compute + max(0.0, ring + (world - 1) * network.latency - mean * (world - 1) / world),
-        "halo": compute + max(0.0, halo + network.latency - mean * own),
+        rows: compute + max(0.0, busiest / network.bandwidth - hidden),
+        ALL_TO_ALL: mean + around / network.bandwidth + 4 * network.latency,
     }
-    if shape.heads % world == 0 and (shape.heads_k % world == 0 or world % shape.heads_k == 0):
-        before, after = _around(shape, deal(shape.heads, shape.heads_k, world), held)
-        sent["all_to_all"] = float(sum(x.mean() for x in (*before, *after)))
-        times["all_to_all"] = mean + sent["all_to_all"] / network.bandwidth + 4 * network.latency
+    sent = {rows: float(needed.mean()) * row, ALL_TO_ALL: around}
     fast = [name for name, seconds in times.items() if seconds <= ABOUT * min(times.values())]
     return min(fast, key=lambda name: sent[name])
 

@@ -1,0 +1,213 @@
+"""A configuration in figures: as a row of a table, as JSON, as a column of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from .core.cost import tiles
+from .core.heads import deal, teams
+from .core.layout import Layout
+from .core.mask import Mask
+from .core.plan import ALL_TO_ALL, Message, RankPlan, among, plan
+from .core.scaling import NETWORKS, SPEEDS, Report, Shape, Timeline, best_transport, head_bytes, rank_pairs, report, timeline
+from .pictures import Column, figures, tokens
+
+FEW = 64
+"""Worlds in which every rank is looked at."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A configuration, as asked for and as `scaling.report` has it.
+
+    Attributes:
+        mask: who sees whom.
+        held: which rank holds which tokens.
+        layout, asked, network, speed: names; `asked` is the transport, or ``auto``.
+        transport: what ``auto`` came to.
+        shape: the layer.
+        made: the report; its transport is that between teams.
+    """
+
+    mask: Mask
+    held: Layout
+    layout: str
+    asked: str
+    transport: str
+    network: str
+    speed: str
+    shape: Shape
+    made: Report
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All but the network and what follows from it."""
+        return (self.made.world_size, self.made.inner, self.layout, self.asked, self.transport)
+
+    @property
+    def way(self) -> str:
+        """The transport in words."""
+        return f"auto: {self.transport}" if self.asked == "auto" else self.transport
+
+    @property
+    def title(self) -> str:
+        """The configuration in words, without its mask."""
+        grid = self.made.inner if self.transport != ALL_TO_ALL else 1
+        return f"{self.layout}, {self.way}, {self.made.world_size} ranks" + (f" in teams of {grid}" if grid > 1 else "")
+
+    @property
+    def teams(self) -> Layout:
+        """Which team of ranks that share heads holds what; which rank where none do."""
+        return teams(self.held, self.made.inner)
+
+    @cached_property
+    def pairs(self) -> np.ndarray:
+        """Visible pairs of each team."""
+        return rank_pairs(self.mask, self.teams)
+
+    def team_plan(self, team: int) -> RankPlan:
+        """What each rank of a team does, with its heads."""
+        return plan(self.mask, self.teams, self.teams, self.made.transport, team)
+
+    def plan(self, rank: int) -> RankPlan:
+        """What a rank does between the exchanges for heads."""
+        return among(self.team_plan(rank // self.made.inner), self.made.inner, rank % self.made.inner)
+
+    def per_rank(self, work: np.ndarray) -> np.ndarray:
+        """What each rank has of its team's work, by its heads: ``[world_size]``."""
+        shares = deal(self.shape.heads, self.shape.heads_k, self.made.inner)
+        return np.outer(work, [(s.q[1] - s.q[0]) / self.shape.heads for s in shares]).ravel()
+
+    def tiles(self) -> dict[str, float]:
+        """The most tiles of a rank, and over the mean."""
+        work = self.per_rank(np.array([tiles(self.team_plan(team)) for team in range(self.teams.world_size)]))
+        return {"tiles": float(work.max()), "tiles_balance": float(work.max() / max(work.mean(), 1e-9))}
+
+    def as_dict(self) -> dict[str, Any]:
+        """What JSON has of it: the report's fields, and what they tell."""
+        made = self.made
+        named = {"seq_len": self.mask.q_len, "layout": self.layout, "network": self.network, "speed": self.speed}
+        told = {
+            "transport": self.transport,
+            "auto": self.asked == "auto",
+            "pairs": int(self.pairs.sum()),
+            "sent_per_rank": made.sent / made.world_size,
+            "sent_backward_per_rank": made.sent_backward / made.world_size,
+            "sent_over_needed": made.sent / made.needed if made.needed else None,
+        }
+        return {**named, **asdict(made), **told}
+
+    def passes(self, rank: int) -> tuple[Timeline, Timeline]:
+        """The forward and backward pass of a rank, as `scaling.report` models the slowest: with the heads of who has most."""
+        shares = deal(self.shape.heads, self.shape.heads_k, self.made.inner)
+        most = {"heads": max(s.q[1] - s.q[0] for s in shares), "heads_k": max(len(s.repeats) for s in shares)}
+        machine = (replace(self.shape, **most), SPEEDS[self.speed], NETWORKS[self.network])
+        walk, around = self.team_plan(rank // self.made.inner), head_bytes(self.shape, shares, self.held)
+        first, last = ((int(before.max()), int(after.max())) for before, after in zip(*around, strict=True))
+        return timeline(walk, *machine, False, first), timeline(walk, *machine, True, last)
+
+    def column(self, rank: int | None = None) -> Column:
+        """What a picture shows of it; the timeline of a rank, of the slowest where None."""
+        inner = self.made.inner
+        if rank is None:
+            count = self.teams.world_size
+            looked_at = range(count) if count <= FEW else (0, int(self.pairs.argmax()), count - 1)
+            rank = max((team * inner for team in looked_at), key=lambda r: sum(line.total for line in self.passes(r)))
+            whose = f"rank {rank}, the slowest"
+        else:
+            whose = f"rank {rank}"
+        walk = f"{whose}: {SPEEDS[self.speed].name}; {NETWORKS[self.network].name}"
+        return Column(self.title, self.mask, self.teams, self.per_rank(self.pairs), walk, *self.passes(rank))
+
+
+def measure(mask: Mask, held: Layout, shape: Shape, *, layout: str, transport: str, inner: int, network: str, speed: str) -> Row:
+    """A configuration's row; ``auto`` picks as `ContextParallel` does."""
+    machine, asked = (SPEEDS[speed], NETWORKS[network]), transport
+    if asked == "auto" and inner == 1 and held.world_size > 1:
+        transport = best_transport(mask, held, shape, *machine)
+    made = report(mask, held, transport, shape, *machine, inner=inner)
+    return Row(mask, held, layout, asked, made.transport if transport == "auto" else transport, network, speed, shape, made)
+
+
+def plan_dict(walk: RankPlan) -> dict[str, Any]:
+    """A rank's plan for JSON: what `str` of it says, whole."""
+
+    def moves(messages: Sequence[Message]) -> list[dict[str, Any]]:
+        return [{"peer": m.peer, "rows": m.rows.tolist()} for m in messages]
+
+    steps = [
+        {
+            "rows": step.size,
+            "send": moves(step.send),
+            "receive": moves(step.receive),
+            "calls": [{"window": list(calls.window), "spans": calls.spans.tolist()} for calls in step.calls],
+        }
+        for step in walk.steps
+    ]
+    counted = ("rank", "world_size", "q_rows", "k_rows", "num_calls", "num_merges", "rows_sent", "grad_rows_sent", "pairs")
+    return {**{name: getattr(walk, name) for name in counted}, "steps": steps}
+
+
+def table(rows: Sequence[Row], evenness: Sequence[float] = ()) -> str:
+    """The rows for people; what the row above says of the same configuration is left out.
+
+    Args:
+        rows: at least one.
+        evenness: of each row the most tiles of a rank over the mean, or nothing.
+    """
+    lines = [_cells(row, *evenness[n : n + 1]) for n, row in enumerate(rows)]
+    said = {name: {line[n][1] for line in lines} for n, (name, _) in enumerate(lines[0])}
+    unsaid = ["tokens"] * (len(said["tokens"]) == 1) + ["team"] * (said["team"] == {""})
+    kept = [n for n, (name, _) in enumerate(lines[0]) if name not in unsaid]
+    header = [lines[0][n][0] for n in kept]
+    body = [[line[n][1] for n in kept] for line in lines]
+    for n, (above, row) in enumerate(pairwise(rows), start=1):
+        if above.key == row.key:
+            body[n][:-4] = [""] * (len(kept) - 4)
+    widths = [max(map(len, cells)) for cells in zip(header, *body, strict=True)]
+    pad = [str.ljust if name in ("layout", "transport", "network") else str.rjust for name in header]
+    return "\n".join("  ".join(f(c, w) for f, c, w in zip(pad, cells, widths, strict=True)).rstrip() for cells in [header, *body])
+
+
+def _cells(row: Row, *evenness: float) -> list[tuple[str, str]]:
+    """The columns of a row and what they say; the last four depend on the network."""
+    made, world = row.made, row.made.world_size
+    return [
+        ("ranks", str(world)),
+        ("tokens", tokens(row.mask.q_len)),
+        ("team", str(made.inner) if made.inner > 1 and row.transport != ALL_TO_ALL else ""),
+        ("layout", row.layout),
+        ("transport", row.way),
+        ("balance", f"{made.balance:.3f}"),
+        *(("tiles", f"{value:.3f}") for value in evenness),
+        ("sent", size(made.sent)),
+        ("a rank", size(made.sent / world)),
+        ("/needed", f"{made.sent / made.needed:.2f}" if made.needed else "-"),
+        ("backward", size(made.sent_backward)),
+        ("a rank", size(made.sent_backward / world)),
+        ("calls", f"{made.calls:,}"),
+        ("merges", f"{made.merges:,}"),
+        ("network", row.network),
+        ("fwd ms", figures(made.forward * 1e3)),
+        ("bwd ms", figures(made.backward * 1e3)),
+        ("efficiency", f"{made.efficiency:.1%}"),
+    ]
+
+
+def size(count: float) -> str:
+    """Bytes in three figures or more.
+
+    Example:
+        >>> size(0), size(1536), size(30_064_771_072)
+        ('0 B', '1.54 kB', '30.1 GB')
+    """
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count, _ = count / 1000, units.pop(0)
+    return f"{count:,.0f} B" if units[0] == "B" else f"{figures(count)} {units[0]}"
