@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core import engine, layouts, mask
-from nnscaler_ring.core.kernels.base import Grad, Spans, Window
+from nnscaler_ring.core.kernels.base import Grad, Scores, Spans, Window
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.plan import plans
 from nnscaler_ring.core.recipe import Recipe
@@ -145,13 +145,13 @@ class Counter:
         self.transport, self.before = transport, list(transport.bytes_sent)
         forward, backward, merge = Reference.forward, Reference.backward, engine.merge_
 
-        def count_forward(kernel: Reference, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scale: float):
+        def count_forward(kernel: Reference, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores):
             self.forward += len(spans)
-            return forward(kernel, q, k, v, spans, window, scale)
+            return forward(kernel, q, k, v, spans, window, scores)
 
-        def count_backward(kernel: Reference, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scale: float):
+        def count_backward(kernel: Reference, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores):
             self.backward += len(spans)
-            return backward(kernel, grad, k, v, spans, window, scale)
+            return backward(kernel, grad, k, v, spans, window, scores)
 
         def count_merge(*args: Tensor) -> None:
             self.merges += 1

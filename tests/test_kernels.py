@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core import kernels, layouts, mask
-from nnscaler_ring.core.kernels import KERNELS, Case, Grad, Kernel, check_kernel, choose, tiles
+from nnscaler_ring.core.kernels import KERNELS, Case, Grad, Kernel, Scores, check_kernel, choose, tiles
 from nnscaler_ring.core.kernels.base import Window
 from nnscaler_ring.core.plan import plans
 from tests import oracle
@@ -97,12 +97,12 @@ def backward(kernel: Kernel, p: Problem, out: Tensor, lse: Tensor, start: float 
     sums = [torch.full_like(x, start, dtype=exact) for x in p.given[:3]]
     for spans, window in ((p.spans, p.window), (p.more, (-1, -1))):
         grad = Grad(p.given.q, out, p.given.d_out, lse, *sums, deterministic)
-        kernel.backward(grad, p.given.k, p.given.v, spans, window, p.scale)
+        kernel.backward(grad, p.given.k, p.given.v, spans, window, Scores(scale=p.scale))
     return sums
 
 
 def check_forward(kernel: Kernel, p: Problem, tolerance: float) -> None:
-    out, lse = kernel.forward(*p.given[:3], p.spans, p.window, p.scale)
+    out, lse = kernel.forward(*p.given[:3], p.spans, p.window, Scores(scale=p.scale))
     want, want_lse = oracle.attention(*(x.double() for x in p.given[:3]), p.seen(both=False), p.scale)
     exact = torch.promote_types(p.given.q.dtype, torch.float32)
     assert out.dtype in (p.given.q.dtype, exact) and lse.dtype == exact
@@ -220,7 +220,7 @@ def test_deterministic_means_the_same_bits(kernel: Kernel, dtype: torch.dtype, d
     want = oracle.dense(p.given, p.seen(both=True), p.scale)
     saved = want.out.to(dtype), want.lse.float()
     answers = [
-        [*kernel.forward(*p.given[:3], p.spans, p.window, p.scale), *backward(kernel, p, *saved, deterministic=True)]
+        [*kernel.forward(*p.given[:3], p.spans, p.window, Scores(scale=p.scale)), *backward(kernel, p, *saved, deterministic=True)]
         for _ in range(2)
     ]
     assert all(torch.equal(x, y) for x, y in zip(*answers, strict=True))

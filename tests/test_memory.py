@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core import engine
-from nnscaler_ring.core.kernels.base import Case, Grad, Kernel, Spans, Window
+from nnscaler_ring.core.kernels.base import Case, Grad, Kernel, Scores, Spans, Window
 from nnscaler_ring.core.recipe import Recipe
 
 P, RANK, ROWS, HEADS, DIM = 8, 3, 512, 4, 16
@@ -27,15 +27,15 @@ class Nothing(Kernel):
 
     name = "nothing"
 
-    def check(self, case: Case) -> None:
+    def check_sizes(self, case: Case) -> None:
         pass
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
         rows = int((spans[:, 1] - spans[:, 0]).sum())
         lse = torch.zeros(1).expand(q.shape[0], q.shape[2], rows)
         return q.new_zeros(1).expand(q.shape[0], rows, q.shape[2], v.shape[3]), lse
 
-    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scale: float) -> None:
+    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
         pass
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import kernels
 from .heads import Pack, Team, deal, team_of, teams, to_heads, to_tokens
-from .kernels import Case, Grad, Kernel
+from .kernels import Case, Grad, Kernel, Scores
 from .layout import Layout
 from .layouts import looks_at_documents
 from .merge import merge_
@@ -315,13 +315,14 @@ def _attend(
     def visit(heads: slice) -> Visit:
         def run(step: Step, k: Tensor, v: Tensor, grads: _Rows | None) -> None:
             for calls in step.calls if k.shape[2] else ():
-                part, part_lse = kernel.forward(q[:, :, heads], k, v, calls.spans, calls.window, job.scale)
+                part, part_lse = kernel.forward(q[:, :, heads], k, v, calls.spans, calls.window, scores)
                 _store(calls, out[:, :, heads], lse[:, :, heads], part, part_lse.transpose(1, 2).unsqueeze(3))
 
         return run
 
     if k.shape[2]:
         kernel = kernel_for(job.recipe, q, k, v)
+    scores = Scores(scale=job.scale)
     split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
     yield from _staggered([_walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), None) for hq, hk in split])
     return out.to(q.dtype), lse.squeeze(3).transpose(1, 2).contiguous()
@@ -377,12 +378,13 @@ def _differentiate_attend(job: _Job, plan: RankPlan, saved: Saved, most: int) ->
             read = (q[:, :, h], out[:, :, h], d_out[:, :, h], lse[:, h], dq[:, :, h])
             for calls in step.calls if k.shape[2] else ():
                 grad = Grad(*read, dk, dv, job.recipe.deterministic)
-                kernel.backward(grad, k, v, calls.spans, calls.window, job.scale)
+                kernel.backward(grad, k, v, calls.spans, calls.window, scores)
 
         return run
 
     if k.shape[2]:
         kernel = kernel_for(job.recipe, q, k, v)
+    scores = Scores(scale=job.scale)
     for hq, hk in _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most):
         home = _Rows.make(k.shape[1], k[:, :, hk], v[:, :, hk], exact)
         home.data.zero_()

@@ -7,10 +7,10 @@ from functools import lru_cache
 from types import MappingProxyType
 
 from .aten import AtenCpu, AtenCuda
-from .base import Case, Grad, Kernel
+from .base import Case, Grad, Kernel, Scores
 from .reference import Reference
 
-__all__ = ["KERNELS", "Case", "Grad", "Kernel", "check_kernel", "choose"]
+__all__ = ["KERNELS", "Case", "Grad", "Kernel", "Scores", "check_kernel", "choose"]
 
 KERNELS: Mapping[str, tuple[Kernel, ...]] = MappingProxyType(
     {"aten": (AtenCpu(), AtenCuda()), "reference": (Reference(),)},

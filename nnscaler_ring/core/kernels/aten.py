@@ -17,7 +17,7 @@ from torch.torch_version import TorchVersion
 
 from ..merge import merge_
 from . import tiles
-from .base import Case, Grad, Kernel, Spans, Window, rows
+from .base import Case, Grad, Kernel, Scores, Spans, Window, rows
 from .tiles import Kind, Piece
 
 aten = torch.ops.aten
@@ -28,19 +28,19 @@ class AtenCpu(Kernel):
 
     name = "aten"
 
-    def check(self, case: Case) -> None:
+    def check_sizes(self, case: Case) -> None:
         if case.device != "cpu":
             raise NotImplementedError(f"this is torch's CPU kernel, the tensors are on {case.device}")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
         head_dim_v = v.shape[-1]
         q, k, v = _pad(q, k, v)
         k, v = _heads_as(q, k), _heads_as(q, v)
-        parts = [_span(q[:, i0:i1], k[:, j0:j1], v[:, j0:j1], window, scale) for i0, i1, j0, j1 in rows(spans)]
+        parts = [_span(q[:, i0:i1], k[:, j0:j1], v[:, j0:j1], window, scores.scale) for i0, i1, j0, j1 in rows(spans)]
         out, lse = parts[0] if len(parts) == 1 else (torch.cat([o for o, _ in parts], 1), torch.cat([x for _, x in parts], 2))
         return out[..., :head_dim_v], lse
 
-    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scale: float) -> None:
+    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
         heads_k = k.shape[2]
         q, k, v, out, d_out = _pad(grad.q, k, v, grad.out, grad.d_out)
         k, v = _heads_as(q, k), _heads_as(q, v)
@@ -51,7 +51,7 @@ class AtenCpu(Kernel):
                     mask = _mask(piece, q.dtype)
                     read = [*(_rows(x[b], at) for x in (d_out, q)), *(_keys(x[b], at) for x in (k, v)), _rows(out[b], at)]
                     lse = _tiled(grad.lse[b].transpose(1, 2).unsqueeze(3), at.i0, at.i1, at).squeeze(3)
-                    dq, dk, dv = _run_backward(at.kind, read, lse, mask, scale)
+                    dq, dk, dv = _run_backward(at.kind, read, lse, mask, scores.scale)
                     _add_rows(grad.dq[b], dq, at)
                     _add_keys(grad.dk[b], dk, at, heads_k)
                     _add_keys(grad.dv[b], dv, at, heads_k)
@@ -175,7 +175,7 @@ class AtenCuda(Kernel):
 
     name = "aten"
 
-    def check(self, case: Case) -> None:
+    def check_sizes(self, case: Case) -> None:
         if case.device != "cuda":
             raise NotImplementedError(f"this is torch's CUDA kernel, the tensors are on {case.device}")
         if case.dtype not in (torch.bfloat16, torch.float16):
@@ -185,18 +185,24 @@ class AtenCuda(Kernel):
         if torch.cuda.get_device_capability() < (8, 0):
             raise NotImplementedError("FlashAttention-2 needs a GPU of compute capability 8.0 or newer")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
         head_dim_v, batch = v.shape[-1], q.shape[0]
         q, k, v = _pad(q, k, v, multiple=8)
         packed = _Packed(spans, q, k)
         out, lse, *_ = aten._flash_attention_forward(
-            *(packed.rows(q), packed.keys(k), packed.keys(v)), *packed.sizes, 0.0, False, False, scale=scale, **_sides(window)
+            *(packed.rows(q), packed.keys(k), packed.keys(v)),
+            *packed.sizes,
+            0.0,
+            False,
+            False,
+            scale=scores.scale,
+            **_sides(window),
         )
         if packed.dense:
             return out[..., :head_dim_v], lse
         return out.unflatten(0, (batch, -1))[..., :head_dim_v], lse.unflatten(1, (batch, -1)).transpose(0, 1)
 
-    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scale: float) -> None:
+    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
         q, k, v, out, d_out = _pad(grad.q, k, v, grad.out, grad.d_out, multiple=8)
         packed = _Packed(spans, q, k)
         lse = packed.rows(grad.lse.transpose(1, 2))
@@ -205,7 +211,7 @@ class AtenCuda(Kernel):
         read = (packed.rows(d_out), packed.rows(q), packed.keys(k), packed.keys(v), packed.rows(out), lse)
         with _deterministic(grad.deterministic):
             dq, dk, dv = aten._flash_attention_backward(
-                *read, *packed.sizes, 0.0, False, state, state[:0], scale=scale, **_sides(window)
+                *read, *packed.sizes, 0.0, False, state, state[:0], scale=scores.scale, **_sides(window)
             )
         packed.add(grad.dq, dq, spans[:, :2])
         packed.add(grad.dk, dk, spans[:, 2:])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,9 +21,81 @@ Window = tuple[int, int]
 """``(left, right)`` aligned at each span's last row and last key; -1 for no limit."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scores:
+    """How scores and weights are made, besides who sees whom.
+
+    The score of query row `i` and key row `j` in a head is ``softcap * tanh(scale * q.k / softcap)`` (``scale * q.k`` for a soft
+    cap of 0), less ``alibi * |distance|``, plus ``bias``; ``distance = k_at[j] - q_at[i] - ahead[i]``. Dropout drops the *weight*
+    of a pair and divides the others by ``1 - dropout``; log-sum-exps are of all weights.
+
+    Attributes:
+        scale, softcap: see above.
+        alibi: slopes ``[B or 1, Hq]``, fp32, or None.
+        bias: ``[Hq or 1, L, T]`` for these query rows and the *positions* of keys, or None: row `j` has ``bias[:, :, k_at[j]]``.
+        dropout: probability, 0 for none.
+        seed, batch0, head0: with the positions the counter of the generator, see `philox`; `batch0` and `head0` are the numbers of
+            the first batch row and head that are passed.
+        q_at, k_at: positions in the whole sequence of query rows ``[L]`` and of key rows ``[M]``, int64; None where neither alibi,
+            bias nor dropout is there to need them.
+        ahead: by how much positions of keys run ahead of those of queries, int64 ``[L]``; None for 0.
+    """
+
+    scale: float
+    softcap: float = 0.0
+    alibi: Tensor | None = None
+    bias: Tensor | None = None
+    dropout: float = 0.0
+    seed: int = 0
+    batch0: int = 0
+    head0: int = 0
+    q_at: Tensor | None = None
+    k_at: Tensor | None = None
+    ahead: Tensor | None = None
+
+    def of_heads(self, heads: slice) -> Scores:
+        """For some of the query heads."""
+        alibi = None if self.alibi is None else self.alibi[:, heads]
+        bias = self.bias if self.bias is None or self.bias.shape[0] == 1 else self.bias[heads]
+        return replace(self, alibi=alibi, bias=bias, head0=self.head0 + (heads.start or 0))
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What a backend must have for these scores."""
+        given = {"softcap": self.softcap, "alibi": self.alibi is not None, "bias": self.bias is not None, "dropout": self.dropout}
+        return frozenset(name for name, there in given.items() if there)
+
+
+def philox(q_at: Tensor, k_at: Tensor, head: Tensor, batch: Tensor, seed: int) -> Tensor:
+    """The generator of dropout, Philox 4x32-10 (Salmon et al., 2011): a word in ``[0, 2**32)`` for each pair, int64, broadcast.
+
+    The counter is ``(query position, key position, head, batch row)``, the key the halves of `seed`, the result the first word. A
+    pair is dropped where it is below ``round(p * 2**32)``: the same pairs whoever computes them.
+
+    Example:
+        >>> zero = torch.zeros(1, dtype=torch.int64)
+        >>> hex(philox(zero, zero, zero, zero, 0).item())
+        '0x6627e8d5'
+    """
+    mask = 0xFFFFFFFF
+
+    def product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:  # high and low words, in 64 bits with a sign
+        low, high = a * (b & 0xFFFF), a * (b >> 16)
+        return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & mask
+
+    c0, c1, c2, c3 = q_at, k_at, head, batch
+    k0, k1 = seed & mask, seed >> 32 & mask
+    for _ in range(10):
+        high_b, low_b = product(0xCD9E8D57, c2)
+        high_a, low_a = product(0xD2511F53, c0)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0
+
+
 @dataclass(frozen=True)
 class Case:
-    """What the choice of a backend depends on."""
+    """What the choice of a backend depends on; `features` are names that `Scores.features` gives."""
 
     device: str
     dtype: torch.dtype
@@ -32,26 +104,35 @@ class Case:
     heads: int
     heads_k: int
     deterministic: bool = False
+    features: frozenset[str] = frozenset()
 
 
 class Kernel(ABC):
     """A backend: attention over spans that share a window, forward with its log-sum-exp, backward from the global one."""
 
     name: str
+    features: frozenset[str] = frozenset()
+    """What it has of `Scores.features`."""
 
-    @abstractmethod
     def check(self, case: Case) -> None:
         """Nothing, or NotImplementedError that says what this backend lacks for `case`."""
+        if lacking := sorted(case.features - self.features):
+            raise NotImplementedError(f"it has no {', '.join(lacking)}")
+        self.check_sizes(case)
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+    def check_sizes(self, case: Case) -> None:
+        """The part of `check` about device, dtype and sizes."""
+
+    @abstractmethod
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
         """Attention of each span.
 
         Args:
             q: ``[B, L, Hq, D]``, any strides with the last dim contiguous, as k ``[B, M, Hk, D]`` and v ``[B, M, Hk, Dv]``.
             spans: the rows, trimmed: every row of a span sees a key of it.
             window: the window they share.
-            scale: the factor of the scores.
+            scores: how scores are made.
 
         Returns:
             out ``[B, n, Hq, Dv]`` in q's dtype or, where the backend has it, fp32, and lse ``[B, Hq, n]`` (natural log, fp32,
@@ -59,7 +140,7 @@ class Kernel(ABC):
         """
 
     @abstractmethod
-    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scale: float) -> None:
+    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
         """Add each span's part of dq, dk and dv to the accumulators in `grad`."""
 
 
@@ -72,6 +153,7 @@ class Grad:
         lse: ``[B, Hq, L]`` over all keys.
         dq: ``[B, L, Hq, D]`` accumulator, fp32 (float64 for float64).
         dk, dv: ``[B, M, Hk, D or Dv]`` accumulators of the buffer's rows.
+        d_bias: accumulator like `Scores.bias`, or None where its gradient is not asked for.
     """
 
     q: Tensor
@@ -82,6 +164,7 @@ class Grad:
     dk: Tensor
     dv: Tensor
     deterministic: bool = False
+    d_bias: Tensor | None = None
 
 
 def rows(spans: Spans) -> Sequence[tuple[int, int, int, int]]:
