@@ -71,8 +71,8 @@ def dense(given: Inputs, seen: np.ndarray | Tensor, scale: float, dtype: torch.d
 
 
 def table(slices: Sequence[Sequence[int]] | None) -> Tensor | None:
-    """Slices as the op takes them: int64 ``[n, 6]``."""
-    return None if slices is None else torch.tensor([Slice(*row) for row in slices], dtype=torch.int64).reshape(-1, 6)
+    """Slices as the op takes them: int64 ``[n, 7]``, all of part 0."""
+    return None if slices is None else torch.tensor([(*Slice(*row), 0) for row in slices], dtype=torch.int64).reshape(-1, 7)
 
 
 def run(
@@ -86,7 +86,8 @@ def run(
     """The answer by the op, for a ``local:N`` group."""
     leaves = [x.detach().clone().requires_grad_() for x in given[:3]]
     cus = [None if cu is None else torch.tensor(cu, dtype=torch.int32) for cu in (cu_q, cu_k)]
-    out, lse, _ = engine.attention(*leaves, *cus, table(slices), given.q.shape[1], given.k.shape[1], scale, str(recipe))
+    tables = (*cus, table(slices), None, None, None)
+    out, lse, _ = engine.attention(*leaves, *tables, given.q.shape[1], given.k.shape[1], scale, 0, str(recipe))
     return Answer(out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, given.d_out))
 
 

@@ -197,7 +197,7 @@ def test_counts(name: str, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = HEADS_K // variant.heads_stride if variant.heads_stride else 1
     elements = BATCH * HEADS_K * (DIM + DIM_V)
     documents = None if cu is None else torch.tensor(cu)
-    out, *_ = engine.attention(q, k, v, documents, None, None, length, length, 0.4, str(recipe))
+    out, *_ = engine.attention(q, k, v, documents, None, None, None, None, None, length, length, 0.4, 0, str(recipe))
     assert counter.bytes_sent() == [w.sent * elements * 2 for w in want]
     assert (counter.forward, counter.merges) == (splits * sum(w.calls for w in want), splits * sum(w.merges for w in want))
     out.backward(given.d_out)

@@ -32,7 +32,7 @@ def leaves(given: oracle.Inputs) -> list[Tensor]:
 
 
 def op(q: Tensor, k: Tensor, v: Tensor, how: Recipe, scale: float = SCALE) -> tuple[Tensor, Tensor]:
-    return engine.attention(q, k, v, None, None, None, q.shape[1], k.shape[1], scale, str(how))[:2]
+    return engine.attention(q, k, v, *[None] * 6, q.shape[1], k.shape[1], scale, 0, str(how))[:2]
 
 
 HOW = [
@@ -73,11 +73,11 @@ def test_twice_in_one_graph(how: Recipe) -> None:
 def test_calls_share_no_memory(how: Recipe) -> None:
     """What a caller does to a result changes no later one; inputs stay as they are."""
     given = oracle.inputs(0, SIZES, SMALL)
-    rest = (None, None, None, SIZES[1], SIZES[2], SCALE, str(how))
+    rest = (*[None] * 6, SIZES[1], SIZES[2], SCALE, 0, str(how))
     answers = []
     for _ in range(2):
         out, lse = op(*given[:3], how)
-        grads = engine.attention_backward(given.d_out, *given[:3], out, lse, [], *rest)
+        grads = engine.attention_backward(given.d_out, None, *given[:3], out, lse, [], *rest, False)
         answers.append([x.clone() for x in (out, lse, *grads)])
         for x in (out, lse, *grads):
             assert all(x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() for y in given)
@@ -191,13 +191,6 @@ def test_gradients_of_some_inputs_only() -> None:
         torch.testing.assert_close(grad, getattr(want, name), rtol=1e-11, atol=1e-11)
 
 
-def test_lse_has_no_gradient_and_says_so() -> None:
-    qkv = leaves(oracle.inputs(0, SIZES, SMALL))
-    out, lse = op(*qkv, recipe())
-    with pytest.raises(NotImplementedError, match="softmax_lse has no gradient here: detach it"):
-        (out.sum() + lse.sum()).backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     """Schema, fake shapes and autograd registration, with and without tables, for both ops."""
@@ -207,11 +200,11 @@ def test_opcheck(dtype: torch.dtype) -> None:
     ways = [((None, None, None), recipe()), ((cu, None, None), recipe()), ((cu, cu, slices), recipe())]
     ways.append(((None, None, None), recipe(transport="all_to_all")))
     for tables, how in ways:
-        rest = (*tables, 21, 21, SCALE, str(how))
+        rest = (*tables, *[None] * 3, 21, 21, SCALE, 0, str(how))
         torch.library.opcheck(engine.attention, (*leaves(given), *rest), test_utils=utils)
         out, lse, kept = engine.attention(*given[:3], *rest)
-        saved = (given.d_out, *given[:3], out, lse, kept)
-        torch.library.opcheck(engine.attention_backward, (*saved, *rest), test_utils=("test_schema", "test_faketensor"))
+        saved = (given.d_out, None, *given[:3], out, lse, kept)
+        torch.library.opcheck(engine.attention_backward, (*saved, *rest, False), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_shard_of_the_wrong_size_is_refused() -> None:
@@ -219,7 +212,7 @@ def test_a_shard_of_the_wrong_size_is_refused() -> None:
     q, k, v, _ = oracle.inputs(0, (1, 8, 8), SMALL)
     for world, num_q, num_k in [(1, 7, 8), (1, 8, 9), (2, 7, 8), (2, 8, 7), (2, 9, 9)]:
         with pytest.raises(ValueError, match="8 query and 8 key tokens"):
-            engine.attention(q, k, v, None, None, None, num_q, num_k, SCALE, str(recipe(world)))
+            engine.attention(q, k, v, *[None] * 6, num_q, num_k, SCALE, 0, str(recipe(world)))
 
 
 def test_a_mask_that_does_not_fit_is_refused() -> None:

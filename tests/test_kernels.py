@@ -110,6 +110,34 @@ def check_forward(kernel: Kernel, p: Problem, tolerance: float) -> None:
     assert oracle.error(lse, want_lse[:, :, p.rows]) <= min(tolerance, 1e-4), (p.spans, p.window)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_a_gradient_of_the_log_sum_exp(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> None:
+    """It adds its weighted self to the gradients of q and k, and nothing to that of v."""
+    heads = (4, 2, 8, 6)
+    checked(kernel, device, dtype, heads)
+    for window, name in (((-1, -1), "inside"), ((-1, 0), "documents"), ((2, 1), "inside")):
+        p = problem(SPANS[name], window, heads, dtype, device)
+        d_lse = torch.randn(2, heads[0], ROWS, generator=torch.Generator().manual_seed(3)).to(device)
+        leaves = [x.to("cpu", torch.float64, copy=True).requires_grad_() for x in p.given[:3]]
+        seen = torch.from_numpy(p.seen(both=False))
+        scores = torch.einsum("bihd,bjhd->bhij", leaves[0], leaves[1].repeat_interleave(2, 2)) * p.scale
+        some = seen.any(1)
+        scores = scores.masked_fill(~(seen | ~some.unsqueeze(1)), -torch.inf)
+        weights = scores.softmax(-1) * some.unsqueeze(1)
+        out = torch.einsum("bhij,bjhd->bihd", weights, leaves[2].repeat_interleave(2, 2))
+        lse = scores.logsumexp(-1) * some
+        loss = (out * p.given.d_out.double().cpu()).sum() + (lse * d_lse.double().cpu()).sum()
+        want = torch.autograd.grad(loss, leaves)
+        exact = torch.promote_types(dtype, torch.float32)
+        sums = [torch.zeros_like(x, dtype=exact) for x in p.given[:3]]
+        saved = (out.detach().to(device, dtype), p.given.d_out, torch.where(some, lse.detach(), -torch.inf).to(device, exact))
+        grad = Grad(p.given.q, *saved, *sums, d_lse=d_lse.to(exact))
+        kernel.backward(grad, p.given.k, p.given.v, p.spans, window, Scores(scale=p.scale))
+        for got, expected in zip(sums, want, strict=True):
+            assert oracle.error(got.cpu(), expected) <= TOLERANCE[dtype]
+
+
 def check_backward(kernel: Kernel, p: Problem, tolerance: float) -> None:
     """Both calls, each from the out and lse over all keys, together give the dense gradient, added to what was there."""
     want = oracle.dense(p.given, p.seen(both=True), p.scale)

@@ -142,3 +142,18 @@ def test_band_area_counts_pairs() -> None:
     np.testing.assert_array_equal(band_area(*np.array(rows).T), brute)
     million = Slice(0, 10**6, 0, 10**6, -NO_LIMIT, 0)
     assert band_area(*np.array([million]).T).item() == 10**6 * (10**6 + 1) // 2
+
+
+@pytest.mark.parametrize("far", [0, 1, 3, 9, 40])
+def test_near_and_far_share_what_is_seen(far: int) -> None:
+    """Part 1 where a key is at least `far` tokens before its query, aligned at the documents' last tokens; part 0 elsewhere."""
+    cu_q, cu_k = [0, 3, 3, 9], [0, 5, 6, 13]
+    for named in ({"causal": True}, {}, {"causal": True, "window": (4, 0), "sinks": 1}, {"window": (-1, 2), "prefix": 2}):
+        plain = build(9, 13, **named, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+        both = build(9, 13, **named, far=far, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+        parts = [Mask.trusted(both.table[both.parts == part].copy(), 9, 13).as_array() for part in (0, 1)]
+        np.testing.assert_array_equal(parts[0] | parts[1], plain.as_array())
+        assert both.pairs == plain.pairs and both != plain
+        for q0, q1, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[1:], strict=True):
+            distance = (np.arange(q0, q1) + k1 - q1)[:, None] - np.arange(13)
+            assert not (parts[1][q0:q1] & (distance < far)).any() and not (parts[0][q0:q1] & (distance >= far)).any()

@@ -58,10 +58,10 @@ def peaks(monkeypatch: pytest.MonkeyPatch, **how: object) -> tuple[float, float]
     recipe = str(Recipe(group=f"pretend:{P}:{RANK}", **{"causal": True, **how}))  # type: ignore[arg-type]
     q, d_out = (torch.randn(1, 1, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(1, ROWS, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
-    rest = (None, None, None, P, ROWS * P, 0.1, recipe)
+    rest = (*[None] * 6, P, ROWS * P, 0.1, 0, recipe)
     saved = engine.attention(q, k, v, *rest)
     forward = peak(lambda: engine.attention(q, k, v, *rest))
-    backward = lambda: engine.attention_backward(d_out, q, k, v, *saved, *rest)  # noqa: E731
+    backward = lambda: engine.attention_backward(d_out, None, q, k, v, *saved, *rest, False)  # noqa: E731
     backward()
     return forward, peak(backward)
 

@@ -70,7 +70,7 @@ def test_bytes_that_really_travel(name: str, world: int) -> None:
     q, k, v = (torch.randn(1, length, heads, dim, requires_grad=True) for _ in range(3))
     recipe = Recipe(group=f"local:{world}", transport="auto", **named)
     table = None if cu is None else torch.tensor(cu)
-    out, *_ = engine.attention(q, k, v, table, None, None, length, length, 0.5, str(recipe))
+    out, *_ = engine.attention(q, k, v, table, None, None, None, None, None, length, length, 0.5, 0, str(recipe))
     row = heads * 2 * dim * 4
     assert sum(transport.bytes_sent) - before == sum(read) * row
     out.sum().backward()

@@ -100,7 +100,7 @@ def on_processes(rank: int, world: int) -> list[list[torch.Tensor]]:
         q, k, v, d_out = (x[:, rows] for x in oracle.inputs(0, (2, LENGTH, LENGTH), HEADS))
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         recipe = Recipe(group=group.group_name, layout=layout, transport=way, kernel="reference", **named)
-        out, lse, _ = engine.attention(*leaves, None, None, None, LENGTH, LENGTH, SCALE, str(recipe))
+        out, lse, _ = engine.attention(*leaves, *[None] * 6, LENGTH, LENGTH, SCALE, 0, str(recipe))
         grads = torch.autograd.grad(out, leaves, d_out)
         answers.append([x.detach() for x in (out, lse, *grads)])
     return answers

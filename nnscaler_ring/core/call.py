@@ -33,11 +33,17 @@ class Options:
 
     Attributes:
         softmax_scale: factor of the scores; ``D ** -0.5`` where None.
-        dropout_p: must be 0.0; a positive probability is not built yet.
+        dropout_p: probability with which a weight is dropped, in [0, 1). Which are dropped depends on the seed and on batch row,
+            head and the positions of query and key in the whole sequence: not on how it is cut.
         causal, window_size, sinks, prefix: who sees whom, see `mask.build`.
-        alibi_slopes: must be None; not built yet.
+        alibi_slopes: ``[Hq]`` or ``[B, Hq]``: scores less slope times distance (ALiBi, Press et al., arXiv:2108.12409).
         deterministic: the same bits each time, also where a kernel has a faster way.
         return_attn_probs: return ``(out, softmax_lse, None)``.
+        softcap: scores ``softcap * tanh(score / softcap)``; 0 for none.
+        learnable_sink: logits ``[Hq]`` of a key without a value, one a head (attention sinks as in gpt-oss), differentiable.
+        bias: ``[Hq or 1, Lq, Sk]`` added to the scores, for this rank's queries and all keys in natural order, differentiable.
+        dropout_seed: of the dropout; drawn from torch's default CPU generator where None.
+        far: see `mask.build`; the features of q and k then have two halves.
     """
 
     softmax_scale: float | None = None
@@ -49,14 +55,21 @@ class Options:
     alibi_slopes: Tensor | None = None
     deterministic: bool = False
     return_attn_probs: bool = False
+    softcap: float = 0.0
+    learnable_sink: Tensor | None = None
+    bias: Tensor | None = None
+    dropout_seed: int | None = None
+    far: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout_p < 1.0:
             raise ValueError(f"dropout_p={self.dropout_p}: a probability in [0, 1) is allowed")
-        if self.dropout_p > 0.0:
-            raise NotImplementedError(f"dropout_p={self.dropout_p}: no kernel here has dropout yet; pass dropout_p=0.0")
-        if self.alibi_slopes is not None:
-            raise NotImplementedError("alibi_slopes: no kernel here has ALiBi yet; pass alibi_slopes=None")
+        if not (self.softcap >= 0.0 and np.isfinite(self.softcap)):
+            raise ValueError(f"softcap={self.softcap}: give a positive number, or 0 for none")
+        if self.far is not None and self.far < 0:
+            raise ValueError(f"dist_threshold={self.far}: give a number of tokens >= 0")
+        if self.alibi_slopes is not None and self.alibi_slopes.requires_grad:
+            raise NotImplementedError("alibi_slopes have no gradient here: detach them")
         check_window(self.window_size)
 
 
@@ -92,7 +105,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, ro
 
     Returns:
         out like q with head dim `Dv`; with `return_attn_probs` also the log-sum-exp ``[B, Hq, L]`` (``[Hq, T]``), natural log,
-        fp32 (float64 for float64), without a gradient.
+        fp32 (float64 for float64), differentiable.
 
     Raises:
         ValueError: an argument is not as described.
@@ -103,11 +116,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, ro
     packed = q.dim() == 3
     if packed:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    scale = q.shape[3] ** -0.5 if options.softmax_scale is None else float(options.softmax_scale)
-    out, lse, _ = engine.attention(q, k, v, *tables, *total, scale, str(recipe))
+    scale = (q.shape[3] // recipe.parts) ** -0.5 if options.softmax_scale is None else float(options.softmax_scale)
+    alibi = None if options.alibi_slopes is None else torch.atleast_2d(options.alibi_slopes).float()
+    seed = _seed(options)
+    out, lse, _ = engine.attention(q, k, v, *tables, alibi, options.bias, options.learnable_sink, *total, scale, seed, str(recipe))
     if packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
-    return (out, lse.detach(), None) if options.return_attn_probs else out
+    return (out, lse, None) if options.return_attn_probs else out
+
+
+def _seed(options: Options) -> int:
+    if not options.dropout_p:
+        return 0
+    return int(torch.randint(1 << 62, ()).item()) if options.dropout_seed is None else options.dropout_seed
 
 
 def check(
@@ -128,6 +149,9 @@ def check(
         sinks=options.sinks,
         prefix=options.prefix,
         deterministic=options.deterministic,
+        softcap=float(options.softcap),
+        dropout=float(options.dropout_p),
+        far=options.far,
     )
     shards = 1 if is_local(recipe.group) else engine.transport_of(recipe.group).world_size
     given = rows.seq_len, rows.seq_len if rows.seq_len_k is None else rows.seq_len_k
@@ -136,8 +160,32 @@ def check(
     cu_q, cu_k = host_table("cu_seqlens_q", rows.cu_seqlens_q), host_table("cu_seqlens_k", rows.cu_seqlens_k)
     slices = None if rows.slices is None else _slices(rows.slices, *total)
     mask_of(recipe, *total, content(cu_q), content(cu_k), content(slices))
-    engine.kernel_for(recipe, q, k, v)
+    _check_extras(q, k, options, total[1])
+    engine.kernel_for(recipe, q, k, v, {"alibi": options.alibi_slopes is not None, "bias": options.bias is not None})
     return recipe, total, (cu_q, cu_k, slices)
+
+
+def _check_extras(q: Tensor, k: Tensor, options: Options, total_k: int) -> None:
+    """ValueError unless the tensors besides q, k and v fit them."""
+    heads, batch = q.shape[-2], q.shape[0] if q.dim() == 4 else 1
+    rows = q.shape[q.dim() - 3]
+    allowed: dict[str, list[tuple[int, ...]]] = {
+        "alibi_slopes": [(heads,), (batch, heads), (1, heads)],
+        "learnable_sink": [(heads,)],
+        "bias": [(heads, rows, total_k), (1, rows, total_k)],
+    }
+    for name, shapes in allowed.items():
+        x = getattr(options, name)
+        if x is None:
+            continue
+        if tuple(x.shape) not in shapes or not x.is_floating_point():
+            raise ValueError(
+                f"{name} is {x.dtype} of shape {tuple(x.shape)}; give floats {' or '.join(map(str, dict.fromkeys(shapes)))}"
+            )
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: give one device")
+    if options.far is not None and q.shape[-1] % 2:
+        raise ValueError(f"q and k have {q.shape[-1]} features; piecewise attention takes two halves")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -186,7 +234,7 @@ def host_table(name: str, cu_seqlens: Tensor | None) -> Tensor | None:
 def _slices(mask: Mask, total_q: int, total_k: int) -> Tensor:
     if (mask.q_len, mask.k_len) != (total_q, total_k):
         raise ValueError(f"the mask is over {mask.q_len} queries and {mask.k_len} keys, the tokens are {total_q} and {total_k}")
-    return torch.from_numpy(mask.table.copy())
+    return torch.from_numpy(np.column_stack([mask.table, mask.parts]))
 
 
 def check_documents(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> np.ndarray:

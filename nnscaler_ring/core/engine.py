@@ -10,9 +10,11 @@ A row of a buffer is all that a token has: keys of every batch row and head, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,8 @@ class _Job:
     q_layout: Layout
     k_layout: Layout
     scale: float
+    seed: int
+    ahead: np.ndarray
 
     @property
     def local(self) -> bool:
@@ -69,6 +73,50 @@ class _Job:
         q, k = (team_of(rows, self.inner, plan.rank, heads, heads_k) for rows in (self.q_layout, self.k_layout))
         return q, k
 
+    def scores(self, plan: RankPlan, extras: _Extras, device: torch.device) -> Scores:
+        """How scores of a rank's queries are made; where keys are, `key_positions` says."""
+        recipe = self.recipe
+        made = Scores(
+            scale=self.scale,
+            softcap=recipe.softcap,
+            alibi=extras.alibi,
+            bias=extras.bias,
+            dropout=recipe.dropout,
+            seed=self.seed,
+            batch0=recipe.batch0,
+            head0=recipe.head0 + extras.head0,
+        )
+        if not made.features & {"alibi", "bias", "dropout"}:
+            return made
+        at = teams(self.q_layout, self.inner).positions(plan.rank // self.inner)
+        q_at, ahead = (torch.from_numpy(x).to(device) for x in (at, self.ahead[at]))
+        return replace(made, q_at=q_at, ahead=ahead)
+
+    def key_positions(self, step: Step, device: torch.device) -> Tensor:
+        """The position of each row of a step's memory."""
+        held, size = teams(self.k_layout, self.inner), int((step.holds[:, 2] - step.holds[:, 1]).sum())
+        at = np.zeros(size, dtype=np.int64)
+        for origin, lo, hi, start in step.holds.tolist():
+            at[start : start + hi - lo] = held.positions(origin)[lo:hi]
+        return torch.from_numpy(at).to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Extras:
+    """What scores have of tensors besides q and k, for the heads of a rank.
+
+    Attributes:
+        alibi: slopes ``[B or 1, Hq]``.
+        bias: ``[Hq or 1, Lq, T]``.
+        sink: logits ``[Hq]`` of keys without values, one a head.
+        head0: the first of the heads.
+    """
+
+    alibi: Tensor | None
+    bias: Tensor | None
+    sink: Tensor | None
+    head0: int = 0
+
 
 def _index(rows: Layout, rank: int, device: torch.device) -> Tensor:
     return torch.from_numpy(rows.positions(rank)).to(device)
@@ -79,7 +127,7 @@ def _inner(recipe: Recipe, transport: Transport) -> int:
     return transport.world_size if recipe.transport == ALL_TO_ALL else transport.inner
 
 
-def _job(recipe: Recipe, total: tuple[int, int], tables: Sequence[Tensor | None], scale: float) -> _Job:
+def _job(recipe: Recipe, total: tuple[int, int], tables: Sequence[Tensor | None], scale: float, seed: int = 0) -> _Job:
     transport = transport_of(recipe.group)
     inner = _inner(recipe, transport)
     cu_q, cu_k, slices = (content(table) for table in tables)
@@ -88,7 +136,16 @@ def _job(recipe: Recipe, total: tuple[int, int], tables: Sequence[Tensor | None]
     k_layout = layout_of(recipe.layout, total[1], transport.world_size, cu_q if cu_k is None else cu_k)
     held, outer = (teams(q_layout, inner), teams(k_layout, inner)), "auto" if recipe.transport == ALL_TO_ALL else recipe.transport
     plans = [among(plan(seen, *held, outer, rank // inner), inner, rank % inner) for rank in transport.ranks]
-    return _Job(recipe, transport, inner, plans, q_layout, k_layout, scale)
+    return _Job(recipe, transport, inner, plans, q_layout, k_layout, scale, seed, _ahead(*total, cu_q, cu_k))
+
+
+@lru_cache(maxsize=64)
+def _ahead(q_len: int, k_len: int, cu_q: bytes | None, cu_k: bytes | None) -> np.ndarray:
+    """By how much the keys of each query's document run ahead: documents are aligned at their last tokens."""
+    if cu_q is None:
+        return np.full(q_len, k_len - q_len)
+    q, k = (np.frombuffer(cu, dtype=np.int64) for cu in (cu_q, cu_q if cu_k is None else cu_k))
+    return np.repeat(k[1:] - q[1:], np.diff(q))
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------------------
@@ -276,10 +333,16 @@ def _heads(stride: int, heads: int, heads_k: int, most: int) -> list[tuple[slice
     return [(slice(lo * group, hi * group), slice(lo, hi)) for lo, hi in pairwise(cuts)]
 
 
-def kernel_for(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor) -> Kernel:
-    """The backend for q, k and v; NotImplementedError that says what each lacks where none takes them."""
-    case = Case(q.device.type, q.dtype, q.shape[-1], v.shape[-1], q.shape[-2], k.shape[-2], recipe.deterministic)
-    return kernels.choose(recipe.kernel, case)
+def kernel_for(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, bool] = MappingProxyType({})) -> Kernel:
+    """The backend for q, k and v and for the `extras` that are there; NotImplementedError that says what each lacks for them."""
+    features = {"softcap": bool(recipe.softcap), "dropout": bool(recipe.dropout), **extras}
+    names = frozenset(name for name, there in features.items() if there)
+    sizes = (q.shape[-1] // recipe.parts, v.shape[-1], q.shape[-2], k.shape[-2])
+    return kernels.choose(recipe.kernel, Case(q.device.type, q.dtype, *sizes, recipe.deterministic, names))
+
+
+def _kernel(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: _Extras) -> Kernel:
+    return kernel_for(recipe, q, k, v, {"alibi": extras.alibi is not None, "bias": extras.bias is not None})
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -290,42 +353,77 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 Forward = Generator[Exchange, Wait, tuple[Tensor, Tensor, list[Tensor]]]
 
 
-def _forward(job: _Job, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor) -> Forward:
+def _forward(job: _Job, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, extras: _Extras) -> Forward:
     """One rank's forward walk: out ``[B, Lq, Hq, Dv]`` and lse ``[B, Hq, Lq]`` of its rows, and what `_backward` is to get back."""
     if job.inner == 1:
-        return *(yield from _attend(job, plan, q, k, v, k.shape[2])), []
+        return *(yield from _attend(job, plan, q, k, v, extras, k.shape[2])), []
     q_team, k_team = job.teams(plan, q.shape[2], k.shape[2])
-    packs = Pack(q_team, "q", [q]), Pack(k_team, "k", [k, v])
-    kept = yield from to_heads(packs)
-    (mine,), (keys, values) = (pack.split(rows) for pack, rows in zip(packs, kept, strict=True))
-    out, lse = yield from _attend(job, plan, mine, k_team.repeat(keys), k_team.repeat(values), k_team.most)
+    packs = [Pack(q_team, "q", [q]), Pack(k_team, "k", [k, v])]
+    extras, more = _of_share(extras, q_team, q.shape[2])
+    kept = yield from to_heads([*packs, *more])
+    (mine,), (keys, values) = (pack.split(rows) for pack, rows in zip(packs, kept, strict=False))
+    extras = _with_bias(extras, more, kept[2:])
+    out, lse = yield from _attend(job, plan, mine, k_team.repeat(keys), k_team.repeat(values), extras, k_team.most)
     column = lse.transpose(1, 2).unsqueeze(3)
     (all_out,), (all_lse,) = yield from to_tokens([Pack(q_team, "q", [x]) for x in (out, column)], [q.shape[2]] * 2)
-    return all_out, all_lse.squeeze(3).transpose(1, 2).contiguous(), [*kept, out, lse]
+    return all_out, all_lse.squeeze(3).transpose(1, 2).contiguous(), [*kept[:2], out, lse, *kept[2:]]
+
+
+def _of_share(extras: _Extras, team: Team, heads: int) -> tuple[_Extras, list[Pack]]:
+    """The extras of a rank's share of heads; a bias, whose rows lie with the queries, travels with them as ``[1, L, Hq, T]``."""
+    first, end = team.share.q
+    alibi = None if extras.alibi is None else extras.alibi[:, first:end]
+    sink = None if extras.sink is None else extras.sink[first:end]
+    made = _Extras(alibi, None, sink, extras.head0 + first)
+    if extras.bias is None:
+        return made, []
+    return made, [Pack(team, "q", [extras.bias.expand(heads, -1, -1).permute(1, 0, 2).unsqueeze(0)])]
+
+
+def _with_bias(extras: _Extras, packs: Sequence[Pack], rows: Sequence[Tensor]) -> _Extras:
+    """The extras with the bias of the share, ``[h, rows, T]``, where one has come."""
+    if not packs:
+        return extras
+    ((bias,),) = (pack.split(x) for pack, x in zip(packs, rows, strict=True))
+    return replace(extras, bias=bias.squeeze(0).permute(1, 0, 2))
 
 
 def _attend(
-    job: _Job, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, most: int
+    job: _Job, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, extras: _Extras, most: int
 ) -> Generator[Exchange, Wait, tuple[Tensor, Tensor]]:
     """The walk over key/value rows: out and lse of q's rows; `most` is the greatest number of key heads of a rank."""
     exact = _exact(q.dtype)
-    out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=exact if plan.num_merges else q.dtype)
+    out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=exact if plan.num_merges or extras.sink is not None else q.dtype)
     lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=exact)
+    scores = job.scores(plan, extras, q.device)
 
     def visit(heads: slice) -> Visit:
+        mine = scores.of_heads(heads)
+
         def run(step: Step, k: Tensor, v: Tensor, grads: _Rows | None) -> None:
+            here = mine if mine.q_at is None else replace(mine, k_at=job.key_positions(step, q.device))
             for calls in step.calls if k.shape[2] else ():
-                part, part_lse = kernel.forward(q[:, :, heads], k, v, calls.spans, calls.window, scores)
-                _store(calls, out[:, :, heads], lse[:, :, heads], part, part_lse.transpose(1, 2).unsqueeze(3))
+                part = _features(calls, job.recipe, q)
+                result, its_lse = kernel.forward(q[:, :, heads, part], k[..., part], v, calls.spans, calls.window, here)
+                _store(calls, out[:, :, heads], lse[:, :, heads], result, its_lse.transpose(1, 2).unsqueeze(3))
 
         return run
 
     if k.shape[2]:
-        kernel = kernel_for(job.recipe, q, k, v)
-    scores = Scores(scale=job.scale)
+        kernel = _kernel(job.recipe, q, k, v, extras)
     split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
     yield from _staggered([_walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), None) for hq, hk in split])
+    if extras.sink is not None:  # one more key, without a value
+        total = torch.logaddexp(lse, extras.sink.to(exact).view(-1, 1))
+        out *= torch.exp(lse - total)
+        lse = total
     return out.to(q.dtype), lse.squeeze(3).transpose(1, 2).contiguous()
+
+
+def _features(calls: Calls, recipe: Recipe, q: Tensor) -> slice:
+    """The features of q and k that make the scores of some calls."""
+    width = q.shape[3] // recipe.parts
+    return slice(calls.part * width, (calls.part + 1) * width)
 
 
 def _store(calls: Calls, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -341,50 +439,78 @@ def _store(calls: Calls, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tenso
 
 
 Saved = Sequence[Tensor]
-Gradients = Generator[Exchange, Wait, tuple[Tensor, Tensor, Tensor]]
+Gradients = Generator[Exchange, Wait, tuple[Tensor | None, ...]]
 
 
-def _backward(job: _Job, plan: RankPlan, saved: Saved, kept: Saved) -> Gradients:
-    """One rank's backward walk over ``d_out, q, k, v, out, lse``: dq, dk and dv of its rows.
+def _backward(
+    job: _Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept: Saved, extras: _Extras, d_bias: bool
+) -> Gradients:
+    """One rank's backward walk over ``d_out, q, k, v, out, lse``: dq, dk, dv, d_bias and d_sink of its rows, None where not there.
 
     With what the forward walk `kept`, all but d_out are empty and tell shapes only.
     """
     if job.inner == 1:
-        dq, dk, dv = yield from _differentiate_attend(job, plan, saved, saved[2].shape[2])
-        return dq.to(saved[1].dtype), torch.empty_like(saved[2]).copy_(dk), torch.empty_like(saved[3]).copy_(dv)
+        dq, dk, dv, *rest = yield from _differentiate_attend(job, plan, d_lse, saved, extras, d_bias, saved[2].shape[2])
+        assert dq is not None and dk is not None and dv is not None
+        return dq.to(saved[1].dtype), torch.empty_like(saved[2]).copy_(dk), torch.empty_like(saved[3]).copy_(dv), *rest
     d_out, q, k, v, _, _ = saved
-    q_team, k_team = job.teams(plan, q.shape[2], k.shape[2])
-    (rows,) = yield from to_heads([pack := Pack(q_team, "q", [d_out])])
-    (d_mine,) = pack.split(rows)
+    heads, bias, sink = q.shape[2], extras.bias, extras.sink
+    q_team, k_team = job.teams(plan, heads, k.shape[2])
+    packs = [Pack(q_team, "q", [d_out]), *([] if d_lse is None else [Pack(q_team, "q", [d_lse.transpose(1, 2).unsqueeze(3)])])]
+    came = yield from to_heads(packs)
+    (d_mine,), *d_lses = (pack.split(rows) for pack, rows in zip(packs, came, strict=True))
+    d_lse = d_lses[0][0].squeeze(3).transpose(1, 2) if d_lses else None
     (mine,), (keys, values) = Pack(q_team, "q", [q]).split(kept[0]), Pack(k_team, "k", [k, v]).split(kept[1])
-    read = (d_mine, mine, k_team.repeat(keys), k_team.repeat(values), *kept[2:])
-    dq, dk, dv = yield from _differentiate_attend(job, plan, read, k_team.most)
+    extras, more = _of_share(extras, q_team, heads)
+    extras = _with_bias(extras, more, kept[4:])
+    read = (d_mine, mine, k_team.repeat(keys), k_team.repeat(values), *kept[2:4])
+    dq, dk, dv, d_rows, d_logits = yield from _differentiate_attend(job, plan, d_lse, read, extras, d_bias, k_team.most)
+    assert dq is not None and dk is not None and dv is not None
     wire = job.wire(k.dtype) if k_team.shared else k.dtype
     packs = [Pack(q_team, "q", [dq.to(q.dtype)]), Pack(k_team, "k", [k_team.add_repeats(x).to(wire) for x in (dk, dv)])]
-    (dq,), (dk, dv) = yield from to_tokens(packs, [q.shape[2], k.shape[2]])
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    if d_rows is not None:
+        packs.append(Pack(q_team, "q", [d_rows.permute(1, 0, 2).unsqueeze(0)]))
+    (dq,), (dk, dv), *d_biases = yield from to_tokens(packs, [heads, k.shape[2], heads][: len(packs)])
+    if bias is not None and d_biases:
+        d_rows = d_biases[0][0].squeeze(0).permute(1, 0, 2)
+        d_rows = d_rows.sum(0, keepdim=True) if bias.shape[0] == 1 else d_rows
+    if sink is not None and d_logits is not None:  # of the own heads; the others' are with their ranks
+        d_sink = torch.zeros_like(sink, dtype=d_logits.dtype)
+        d_sink[slice(*q_team.share.q)] = d_logits
+        d_logits = d_sink
+    return dq, dk.to(k.dtype), dv.to(v.dtype), d_rows, d_logits
 
 
-def _differentiate_attend(job: _Job, plan: RankPlan, saved: Saved, most: int) -> Gradients:
-    """The walk that undoes `_attend`: dq, dk and dv in the dtype of partial results."""
+def _differentiate_attend(
+    job: _Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, extras: _Extras, wants_bias: bool, most: int
+) -> Gradients:
+    """The walk that undoes `_attend`: dq, dk, dv, d_bias and d_sink in the dtype of partial results."""
     d_out, q, k, v, out, lse = saved
     exact = _exact(q.dtype)
     dq, homes, walks = torch.zeros_like(q, dtype=exact), [], []
+    d_bias = torch.zeros_like(extras.bias, dtype=exact) if wants_bias and extras.bias is not None else None
+    scores = job.scores(plan, extras, q.device)
 
     def visit(heads: slice) -> Visit:
+        mine = scores.of_heads(heads)
+        whole = d_bias is None or d_bias.shape[0] == 1
+        bias = d_bias if whole or d_bias is None else d_bias[heads]
+
         def run(step: Step, k: Tensor, v: Tensor, grads: _Rows | None) -> None:
             assert grads is not None
-            h, dk, dv = heads, grads.k, grads.v
-            read = (q[:, :, h], out[:, :, h], d_out[:, :, h], lse[:, h], dq[:, :, h])
+            here = mine if mine.q_at is None else replace(mine, k_at=job.key_positions(step, q.device))
+            read = (out[:, :, heads], d_out[:, :, heads], lse[:, heads])
+            of_lse = None if d_lse is None else d_lse[:, heads]
             for calls in step.calls if k.shape[2] else ():
-                grad = Grad(*read, dk, dv, job.recipe.deterministic)
-                kernel.backward(grad, k, v, calls.spans, calls.window, scores)
+                part = _features(calls, job.recipe, q)
+                sums = (dq[:, :, heads, part], grads.k[..., part], grads.v)
+                grad = Grad(q[:, :, heads, part], *read, *sums, job.recipe.deterministic, bias, of_lse)
+                kernel.backward(grad, k[..., part], v, calls.spans, calls.window, here)
 
         return run
 
     if k.shape[2]:
-        kernel = kernel_for(job.recipe, q, k, v)
-    scores = Scores(scale=job.scale)
+        kernel = _kernel(job.recipe, q, k, v, extras)
     for hq, hk in _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most):
         home = _Rows.make(k.shape[1], k[:, :, hk], v[:, :, hk], exact)
         home.data.zero_()
@@ -392,12 +518,22 @@ def _differentiate_attend(job: _Job, plan: RankPlan, saved: Saved, most: int) ->
         walks.append(_walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), home, job.wire(k.dtype)))
     yield from _staggered(walks)
     dk, dv = [home.k for home in homes], [home.v for home in homes]
-    return (dq, dk[0], dv[0]) if len(homes) == 1 else (dq, torch.cat(dk, 2), torch.cat(dv, 2))
+    d_sink = None if extras.sink is None else _of_sink(extras.sink, d_lse, d_out, out, lse)
+    return (dq, dk[0], dv[0], d_bias, d_sink) if len(homes) == 1 else (dq, torch.cat(dk, 2), torch.cat(dv, 2), d_bias, d_sink)
+
+
+def _of_sink(sink: Tensor, d_lse: Tensor | None, d_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """The gradient ``[Hq]`` of the logits of keys without values."""
+    exact = lse.dtype
+    delta = (d_out.to(exact) * out.to(exact)).sum(3).transpose(1, 2)
+    weight = torch.exp(sink.to(exact).view(-1, 1) - lse)
+    return (weight * ((0.0 if d_lse is None else d_lse) - delta)).sum((0, 2))
 
 
 # -- the ops -------------------------------------------------------------------------------------------------------------------
 
-_ATTENTION = "Tensor? cu_q, Tensor? cu_k, Tensor? slices, int total_q, int total_k, float scale, str recipe"
+_TABLES = "Tensor? cu_q, Tensor? cu_k, Tensor? slices, Tensor? alibi, Tensor? bias, Tensor? sink"
+_ATTENTION = f"{_TABLES}, int total_q, int total_k, float scale, int seed, str recipe"
 
 
 @torch.library.custom_op(
@@ -412,9 +548,13 @@ def attention(
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     slices: Tensor | None,
+    alibi: Tensor | None,
+    bias: Tensor | None,
+    sink: Tensor | None,
     total_q: int,
     total_k: int,
     scale: float,
+    seed: int,
     recipe: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """This rank's part of attention over a sequence that a group of ranks holds.
@@ -423,21 +563,32 @@ def attention(
         q, k, v: own rows ``[B, Lq, Hq, D]``, ``[B, Lk, Hk, D]``, ``[B, Lk, Hk, Dv]`` in the recipe's layout; the whole sequence
             in natural order for a ``local:N`` group.
         cu_q, cu_k: boundaries of packed documents over the whole sequence, or None.
-        slices: a mask as int64 ``[n, 6]`` band slices, or None for the recipe's.
+        slices: a mask as int64 ``[n, 7]`` band slices, each with its part, or None for the recipe's.
+        alibi: ALiBi slopes ``[B or 1, Hq]``, fp32, or None.
+        bias: what is added to the scores, ``[Hq or 1, Lq, total_k]``: rows with q, keys in natural order; or None.
+        sink: logits ``[Hq]`` of keys without values, or None.
         total_q, total_k: tokens of the whole sequence.
         scale: factor of the scores.
+        seed: of dropout.
         recipe: a `Recipe` as a string.
 
     Returns:
         out ``[B, Lq, Hq, Dv]`` in q's dtype; lse ``[B, Hq, Lq]``, natural log, fp32 (float64 for float64); where ranks exchange
         tokens for heads, what the backward pass reads instead of q, k, v, out and lse.
     """
-    job = _job(Recipe.parse(recipe), (total_q, total_k), (cu_q, cu_k, slices), scale)
+    job = _job(Recipe.parse(recipe), (total_q, total_k), (cu_q, cu_k, slices), scale, seed)
     _check_rows(job, q, k)
     qs, (ks, vs) = job.shards(q, job.q_layout), (job.shards(x, job.k_layout) for x in (k, v))
-    results = job.transport.run([_forward(job, *rank) for rank in zip(job.plans, qs, ks, vs, strict=True)])
+    by_rank = zip(job.plans, qs, ks, vs, _extras(job, alibi, bias, sink), strict=True)
+    results = job.transport.run([_forward(job, *rank) for rank in by_rank])
     out, lse, kept = zip(*results, strict=True)
     return job.whole(out, job.q_layout), job.whole(lse, job.q_layout, dim=2), [x for each in kept for x in each]
+
+
+def _extras(job: _Job, alibi: Tensor | None, bias: Tensor | None, sink: Tensor | None) -> list[_Extras]:
+    """The extras of each rank that this process drives."""
+    biases = [None] * len(job.plans) if bias is None else job.shards(bias, job.q_layout)
+    return [_Extras(alibi, each, sink) for each in biases]
 
 
 def _check_rows(job: _Job, q: Tensor, k: Tensor) -> None:
@@ -461,7 +612,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list
 
 
 def _fake_kept(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
-    cu_q, cu_k, _, total_q, total_k, _, text = rest
+    cu_q, cu_k, _, _, bias, _, total_q, total_k, _, _, text = rest
     recipe = Recipe.parse(text)
     transport = transport_of(recipe.group)
     inner, kept = _inner(recipe, transport), list[Tensor]()
@@ -476,6 +627,7 @@ def _fake_kept(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
             q.new_empty(q.shape[0], q_rows, heads, v.shape[3]),
             q.new_empty((q.shape[0], heads, q_rows), dtype=_exact(q.dtype)),
         ]
+        kept += [] if bias is None else [bias.new_empty(q_rows, 1, heads * total_k)]
     return kept
 
 
@@ -487,14 +639,15 @@ def _held(recipe: Recipe, transport: Transport, inner: int, rank: int, total: in
     return int(teams(layout_of(recipe.layout, total, transport.world_size, cu), inner).counts[rank // inner])
 
 
-_SAVED = "Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] kept"
+_SAVED = "Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] kept"
 
 
 @torch.library.custom_op(
-    "nnscaler_ring::attention_backward", mutates_args=(), schema=f"({_SAVED}, {_ATTENTION}) -> (Tensor, Tensor, Tensor)"
+    "nnscaler_ring::attention_backward", mutates_args=(), schema=f"({_SAVED}, {_ATTENTION}, bool wants_bias) -> Tensor[]"
 )
 def attention_backward(
     d_out: Tensor,
+    d_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -504,62 +657,86 @@ def attention_backward(
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     slices: Tensor | None,
+    alibi: Tensor | None,
+    bias: Tensor | None,
+    sink: Tensor | None,
     total_q: int,
     total_k: int,
     scale: float,
+    seed: int,
     recipe: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of `attention`, from its result over all keys and its log-sum-exp; each call recomputes its weights."""
-    job = _job(Recipe.parse(recipe), (total_q, total_k), (cu_q, cu_k, slices), scale)
-    d_outs = job.shards(d_out, job.q_layout)
+    wants_bias: bool,
+) -> list[Tensor]:
+    """dq, dk and dv of `attention`, from its result over all keys and its log-sum-exp; each call recomputes its weights.
+
+    With `wants_bias` d_bias follows, with a sink d_sink, over this rank's queries.
+    """
+    job = _job(Recipe.parse(recipe), (total_q, total_k), (cu_q, cu_k, slices), scale, seed)
+    ranks = range(len(job.plans))
+    d_lses = [None for _ in ranks] if d_lse is None else job.shards(d_lse, job.q_layout, dim=2)
+    saved = [job.shards(d_out, job.q_layout)]
     if kept:  # shapes are all that is needed of the rest
-        by_rank: Any = [(d, q, k, v, out, lse) for d in d_outs]
+        saved += [[x] * len(ranks) for x in (q, k, v, out, lse)]
     else:
-        by_rank = zip(
-            *(d_outs, job.shards(q, job.q_layout)),
-            *(job.shards(x, job.k_layout) for x in (k, v)),
-            *(job.shards(out, job.q_layout), job.shards(lse, job.q_layout, dim=2)),
-            strict=True,
-        )
-    own, ranks = len(kept) // len(job.plans), range(len(job.plans))
-    walks = [_backward(job, job.plans[n], saved, kept[n * own : n * own + own]) for n, saved in zip(ranks, by_rank, strict=True)]
-    dq, dk, dv = zip(*job.transport.run(walks), strict=True)
-    return job.whole(dq, job.q_layout), job.whole(dk, job.k_layout), job.whole(dv, job.k_layout)
+        saved += [job.shards(q, job.q_layout), *(job.shards(x, job.k_layout) for x in (k, v))]
+        saved += [job.shards(out, job.q_layout), job.shards(lse, job.q_layout, dim=2)]
+    own, extras = len(kept) // len(ranks), _extras(job, alibi, bias, sink)
+    walks = [
+        _backward(job, job.plans[n], d_lses[n], [x[n] for x in saved], kept[n * own : n * own + own], extras[n], wants_bias)
+        for n in ranks
+    ]
+    dq, dk, dv, d_bias, d_sink = zip(*job.transport.run(walks), strict=True)
+    grads = [job.whole(dq, job.q_layout), job.whole(dk, job.k_layout), job.whole(dv, job.k_layout)]
+    if wants_bias and bias is not None:
+        grads.append(job.whole(d_bias, job.q_layout).to(bias.dtype))
+    if sink is not None:
+        grads.append(torch.stack(d_sink).sum(0).to(sink.dtype))
+    return grads
 
 
 @attention_backward.register_fake
-def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor], *rest: Any) -> Any:
-    if not kept:
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    cu_q, cu_k, _, _, total_k, _, text = rest
-    recipe = Recipe.parse(text)
-    transport, cu_k = transport_of(recipe.group), cu_q if cu_k is None else cu_k
-    local = isinstance(transport, LocalTransport)
-    keys = total_k if local else _held(recipe, transport, 1, transport.ranks[0], total_k, cu_k)
-    rows = (d_out.shape[1], keys, keys)
-    return tuple(x.new_empty(x.shape[0], n, *x.shape[2:]) for x, n in zip((q, k, v), rows, strict=True))
+def _(d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> Any:
+    kept, cu_q, cu_k, _, _, bias, sink, _, total_k, _, _, text, wants_bias = rest
+    grads = [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)]
+    if kept:
+        recipe = Recipe.parse(text)
+        transport, cu_k = transport_of(recipe.group), cu_q if cu_k is None else cu_k
+        local = isinstance(transport, LocalTransport)
+        keys = total_k if local else _held(recipe, transport, 1, transport.ranks[0], total_k, cu_k)
+        rows = (d_out.shape[1], keys, keys)
+        grads = [x.new_empty(x.shape[0], n, *x.shape[2:]) for x, n in zip((q, k, v), rows, strict=True)]
+    grads += [torch.empty_like(bias)] if wants_bias and bias is not None else []
+    return grads + ([] if sink is None else [torch.empty_like(sink)])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    q, k, v, *tables = inputs[:6]
+    q, k, v, *tables = inputs[:9]
     out, lse, kept = output
     read = [q, k, v, out, lse]
     if kept:
         read = [x.new_empty(x.shape[0], 0, *x.shape[2:]) for x in read]
     ctx.save_for_backward(*read, *tables, *kept)
     ctx.mark_non_differentiable(*kept)
-    ctx.rest = inputs[6:]
+    ctx.rest = inputs[9:]
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if d_lse is not None:
-        raise NotImplementedError("softmax_lse has no gradient here: detach it before it enters the loss")
+    none: list[Tensor | None] = [None] * 14
+    if d_out is None and d_lse is None:
+        return tuple(none)
+    q, k, v, out, lse, *tables, alibi, bias, sink = ctx.saved_tensors[:11]
     if d_out is None:
-        return (None,) * 10
-    q, k, v, out, lse, cu_q, cu_k, slices, *kept = ctx.saved_tensors
-    grads = attention_backward(d_out, q, k, v, out, lse, kept, cu_q, cu_k, slices, *ctx.rest)
-    return (*grads, *(None,) * 7)
+        assert d_lse is not None
+        rows = d_lse.shape[2]
+        d_out = q.new_zeros(q.shape[0], rows, q.shape[2], v.shape[3])
+    wants_bias = bias is not None and ctx.needs_input_grad[7]
+    saved = (d_out, d_lse, q, k, v, out, lse, list(ctx.saved_tensors[11:]))
+    dq, dk, dv, *rest = attention_backward(*saved, *tables, alibi, bias, sink, *ctx.rest, wants_bias)
+    none[:3] = dq, dk, dv
+    none[7] = rest.pop(0) if wants_bias else None
+    none[8] = rest.pop(0) if sink is not None else None
+    return tuple(none)
 
 
 attention.register_autograd(_differentiate, setup_context=_save)

@@ -16,15 +16,18 @@ from .mask import NO_LIMIT, Mask, band_area
 Columns = tuple[np.ndarray, ...]
 
 
-def visible(mask: Mask, q: Layout, k: Layout, reader: int | None = None, origin: int | None = None) -> np.ndarray:
+def visible(
+    mask: Mask, q: Layout, k: Layout, reader: int | None = None, origin: int | None = None, part: int | None = None
+) -> np.ndarray:
     """Every trimmed band between what ranks hold: int64 ``[n, 8]`` rows ``(reader, origin, i0, i1, j0, j1, L, H)``.
 
-    `i` are local query rows of the reader, `j` local key rows of the origin; `reader` and `origin` restrict the ranks.
+    `i` are local query rows of the reader, `j` local key rows of the origin; `reader` and `origin` restrict the ranks, `part` the
+    slices to those of a part.
     """
     q_at, k_at = _select(q, reader), _select(k, origin)
     q_rank, q_start, q_count = q.runs[q_at].T
     k_rank, k_start, k_count = k.runs[k_at].T
-    q0, q1, k0, k1, lo, hi = mask.table.T
+    q0, q1, k0, k1, lo, hi = (mask.table if part is None else mask.table[mask.parts == part]).T
     stride = q.stride
     # 1. query runs that meet a slice, cut to its rows
     at_slice, at_q = overlaps(q0, q1, q_start, q_start + stride * (q_count - 1) + 1)

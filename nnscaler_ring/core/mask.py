@@ -13,7 +13,8 @@ A mask is a list of disjoint *band slices* ``(q0, q1, k0, k1, lo, hi)``: query p
     xxxxxxx.      ....xxx.        ...xxxx.        x....xx.                 xxxxxxx.
     xxxxxxxx      .....xxx        ...xxxxx        x.....xx                 xxxxxxxx
 
-The algebra of all variants is in these six numbers, so the plan never asks which variant it serves.
+The algebra of all variants is in these six numbers, so the plan never asks which variant it serves. A slice may also name the
+*part* of the features of q and k that makes its scores: two in piecewise attention, near and far.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Mask:
         slices: rows ``(q0, q1, k0, k1[, lo, hi])``; `lo` and `hi` default to no limit.
         q_len: number of query positions.
         k_len: number of key positions; `q_len` where None.
+        parts: for each slice the part of the features of q and k that makes its scores; 0 where None.
 
     Raises:
         ValueError: a slice leaves the ranges, or two slices share a pair (its keys would count twice).
@@ -55,27 +57,31 @@ class Mask:
         6
     """
 
-    def __init__(self, slices: Iterable[Sequence[int]], q_len: int, k_len: int | None = None) -> None:
+    def __init__(
+        self, slices: Iterable[Sequence[int]], q_len: int, k_len: int | None = None, parts: Sequence[int] | np.ndarray | None = None
+    ) -> None:
         k_len = q_len if k_len is None else k_len
         table = np.array([tuple(Slice(*row)) for row in slices], dtype=np.int64).reshape(-1, 6)
-        self._set(table, q_len, k_len)
+        self._set(table, q_len, k_len, np.zeros(len(table), dtype=np.int64) if parts is None else np.asarray(parts))
         _check(self.table, q_len, k_len)
 
     @classmethod
-    def trusted(cls, table: np.ndarray, q_len: int, k_len: int) -> Mask:
+    def trusted(cls, table: np.ndarray, q_len: int, k_len: int, parts: np.ndarray | None = None) -> Mask:
         """A mask of an ``[n, 6]`` table whose slices are disjoint and in range by construction."""
         mask = cls.__new__(cls)
-        mask._set(np.ascontiguousarray(table, dtype=np.int64), q_len, k_len)
+        parts = np.zeros(len(table), dtype=np.int64) if parts is None else parts
+        mask._set(np.ascontiguousarray(table, dtype=np.int64), q_len, k_len, parts)
         return mask
 
-    def _set(self, table: np.ndarray, q_len: int, k_len: int) -> None:
+    def _set(self, table: np.ndarray, q_len: int, k_len: int, parts: np.ndarray) -> None:
         table[:, 4] = np.maximum(table[:, 4], -NO_LIMIT)
         table[:, 5] = np.minimum(table[:, 5], NO_LIMIT)
         empty = (table[:, 0] >= table[:, 1]) | (table[:, 2] >= table[:, 3]) | (table[:, 4] > table[:, 5])
-        self.table = table[~empty]
+        self.table, self.parts = table[~empty], parts[~empty]
         self.table.setflags(write=False)
+        self.num_parts = int(self.parts.max(initial=0)) + 1
         self.q_len, self.k_len = int(q_len), int(k_len)
-        self._key = (self.q_len, self.k_len, self.table.tobytes())
+        self._key = (self.q_len, self.k_len, self.table.tobytes(), self.parts.tobytes())
         self._hash = hash(self._key)
 
     def __eq__(self, other: object) -> bool:
@@ -154,10 +160,11 @@ def build(
     window: tuple[int, int] = (-1, -1),
     sinks: int = 0,
     prefix: int = 0,
+    far: int | None = None,
     cu_seqlens_q: Sequence[int] | np.ndarray | None = None,
     cu_seqlens_k: Sequence[int] | np.ndarray | None = None,
 ) -> Mask:
-    """The masks that have names: full, causal, window, sinks, prefix, each over one sequence or over packed documents.
+    """The masks that have names: full, causal, window, sinks, prefix, piecewise, each over one sequence or packed documents.
 
     Queries and keys of a document are aligned at its last token, as flash-attn does, where their numbers differ.
 
@@ -168,6 +175,7 @@ def build(
         window: ``(left, right)`` tokens that a query sees before and after itself; -1 is no limit. Under `causal` right is 0.
         sinks: the first `sinks` keys of each document are also seen from beyond the window (StreamingLLM).
         prefix: the first `prefix` keys of each document are also seen by earlier queries (prefix LM).
+        far: keys at least so many tokens before a query are of part 1, all others of part 0 (piecewise attention).
         cu_seqlens_q: starts of the documents and the end of the last, ``[0, ..., q_len]``; one document where None.
         cu_seqlens_k: the same for keys; `cu_seqlens_q` where None.
 
@@ -200,7 +208,12 @@ def build(
         slices.append(np.stack([q0, q1, k0, np.minimum(k0 + sinks, k1), np.full_like(lo, -NO_LIMIT), lo - 1], axis=1))
     if prefix and right >= 0:
         slices.append(np.stack([q0, q1, k0, np.minimum(k0 + prefix, k1), hi + 1, np.full_like(hi, NO_LIMIT)], axis=1))
-    return Mask.trusted(np.concatenate(slices), q_len, k_len)
+    if far is None:
+        return Mask.trusted(np.concatenate(slices), q_len, k_len)
+    near = np.concatenate(slices)
+    distant, border = near.copy(), np.tile(offset - far, len(slices))
+    near[:, 4], distant[:, 5] = np.maximum(near[:, 4], border + 1), np.minimum(distant[:, 5], border)
+    return Mask.trusted(np.concatenate([near, distant]), q_len, k_len, np.repeat([0, 1], len(near)))
 
 
 def check_window(window: Sequence[int]) -> tuple[int, int]:

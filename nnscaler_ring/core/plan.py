@@ -21,10 +21,10 @@ Transports are rows of a table:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import MappingProxyType
 
 import numpy as np
@@ -53,6 +53,7 @@ class Calls:
     Attributes:
         window: ``(left, right)``, -1 for no limit, aligned at each span's last row and last key.
         spans: ``[n, 4]`` ``(i0, i1, j0, j1)``: local query rows and buffer rows.
+        part: of the features of q and k.
         blocks: ``[m, 3]`` ``(i0, i1, fresh)``: the spans' query rows with touching ones joined; `fresh` where no earlier call
             wrote them, so that the result is stored and not merged.
     """
@@ -60,6 +61,7 @@ class Calls:
     window: tuple[int, int]
     spans: np.ndarray
     blocks: np.ndarray
+    part: int = 0
 
     @property
     def bands(self) -> np.ndarray:
@@ -85,6 +87,7 @@ class Step:
         room: rows of the memory; 0 where it is that of the step before.
         ends: the memory is full with this step: calls run, gradients leave.
         calls: what runs then, on rows of the memory.
+        holds: ``[n, 4]`` ``(origin, lo, hi, start)``: which rows the memory then holds, and where.
         relays: the next step passes rows of this buffer on, so their gradients go there; False: they went out from the shard.
         home_send: rows of this buffer whose gradient goes to the rank that owns them.
         home_receive: rows of the own shard whose gradient arrives.
@@ -97,6 +100,7 @@ class Step:
     room: int = 0
     ends: bool = True
     calls: tuple[Calls, ...] = ()
+    holds: np.ndarray = field(default_factory=lambda: np.empty((0, 4), dtype=np.int64))
     relays: bool = False
     home_send: tuple[Message, ...] = ()
     home_receive: tuple[Message, ...] = ()
@@ -245,7 +249,7 @@ def rows_sent(mask: Mask, q: Layout, k: Layout, transport: str) -> int:
 
 
 def _direct(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) -> RankPlan:
-    mine = visible(mask, q, k, reader=rank)
+    mine, part = _of_rank(mask, q, k, rank)
     reads = _reads(mine[:, [0, 1, 4, 5]], k, transport.everything)
     remote = bool((reads[:, 1] != rank).any())
     joined = transport.joined and remote
@@ -256,12 +260,20 @@ def _direct(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) -
     wanted = wanted[(wanted[:, 1] == rank) & ((wanted[:, 0] != rank) | joined)]
     send, receive = _messages(wanted[:, 0], wanted[:, 2], wanted[:, 3]), _messages(origin, start, start + hi - lo)
     q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
-    first, second = _calls([mine[~late][:, 2:], _in_buffer(mine[late], buffer)], q_rows)
-    steps = [Step(k_rows, calls=first)]
+    bands = mine[:, 2:].copy()
+    bands[late] = _in_buffer(mine[late], buffer)
+    first, second = _calls(bands, late.astype(np.int64), part, 2, q_rows)
+    steps = [Step(k_rows, calls=first, holds=np.array([[rank, 0, k_rows, 0]]))]
     if q.world_size > 1:
         size = int((hi - lo).sum())
-        steps.append(Step(size, send, receive, room=size, calls=second, home_send=receive, home_receive=send))
+        steps.append(Step(size, send, receive, room=size, calls=second, holds=buffer, home_send=receive, home_receive=send))
     return RankPlan(rank, q.world_size, q_rows, k_rows, tuple(steps))
+
+
+def _of_rank(mask: Mask, q: Layout, k: Layout, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The bands of a rank's queries, and the part of each."""
+    bands = [visible(mask, q, k, reader=rank, part=part) for part in range(mask.num_parts)]
+    return np.concatenate(bands), np.repeat(np.arange(mask.num_parts), [len(each) for each in bands])
 
 
 def _reads(ranges: np.ndarray, k: Layout, everything: bool) -> np.ndarray:
@@ -312,19 +324,19 @@ def _in_buffer(bands: np.ndarray, buffer: np.ndarray) -> np.ndarray:
     return np.column_stack([bands[:, 2:4], bands[:, 4:] + shift[:, None]])
 
 
-def _calls(groups: Sequence[np.ndarray], q_rows: int) -> list[tuple[Calls, ...]]:
-    """The calls for each group of ``[n, 6]`` bands, in the order in which they run: joined, grouped by window, fresh or not."""
-    number = np.repeat(np.arange(len(groups)), [len(bands) for bands in groups])
-    bands = np.concatenate(groups)
+def _calls(bands: np.ndarray, memory: np.ndarray, part: np.ndarray, memories: int, q_rows: int) -> list[tuple[Calls, ...]]:
+    """The calls for ``[n, 6]`` bands, for each memory in the order in which they run: joined, grouped by window, fresh or not."""
     if not len(bands):
-        return [()] * len(groups)
-    apart = 4 * (int(bands[:, :4].max()) + 1)  # rows between groups: so many that no band reaches over two
-    bands = join(np.stack(trim(*_shifted(bands, number * apart).T), axis=1))
+        return [()] * memories
+    parts = int(part.max()) + 1
+    apart = 4 * (int(bands[:, :4].max()) + 1)  # rows between what may not join: so many that no band reaches over two
+    bands = join(np.stack(trim(*_shifted(bands, (memory * parts + part) * apart).T), axis=1))
     number = bands[:, 0] // apart
     bands = _shifted(bands, -number * apart)
     window, seen = windows(bands), np.zeros(q_rows, dtype=bool)
-    bounds = np.searchsorted(number, np.arange(len(groups) + 1)).tolist()
-    return [_group(bands[lo:hi], window[lo:hi], seen) if lo < hi else () for lo, hi in pairwise(bounds)]
+    bounds = np.searchsorted(number, np.arange(memories * parts + 1)).tolist()
+    made = [_group(bands[lo:hi], window[lo:hi], seen, n % parts) if lo < hi else () for n, (lo, hi) in enumerate(pairwise(bounds))]
+    return [tuple(chain.from_iterable(made[n : n + parts])) for n in range(0, len(made), parts)]
 
 
 def _shifted(bands: np.ndarray, by: np.ndarray) -> np.ndarray:
@@ -332,22 +344,22 @@ def _shifted(bands: np.ndarray, by: np.ndarray) -> np.ndarray:
     return np.column_stack([bands[:, :4] + by[:, None], bands[:, 4:]])
 
 
-def _group(bands: np.ndarray, window: np.ndarray, seen: np.ndarray) -> tuple[Calls, ...]:
-    """The calls for joined bands of one moment; `seen` rows are updated."""
+def _group(bands: np.ndarray, window: np.ndarray, seen: np.ndarray, part: int) -> tuple[Calls, ...]:
+    """The calls for joined bands of one moment and part; `seen` rows are updated."""
     if len(bands) == 1:
-        return (_call(window[0], bands[:, :4], seen),)
+        return (_call(window[0], bands[:, :4], seen, part),)
     keys, at = np.unique(np.column_stack([_turns(bands), window]), axis=0, return_inverse=True)
-    return tuple(_call(key[1:], bands[at.ravel() == n, :4], seen) for n, key in enumerate(keys))
+    return tuple(_call(key[1:], bands[at.ravel() == n, :4], seen, part) for n, key in enumerate(keys))
 
 
-def _call(window: np.ndarray, spans: np.ndarray, seen: np.ndarray) -> Calls:
+def _call(window: np.ndarray, spans: np.ndarray, seen: np.ndarray, part: int) -> Calls:
     rows = coalesce(spans[:, :2])
     fresh = []
     for lo, hi in rows.tolist():
         fresh.append(not seen[lo:hi].any())
         seen[lo:hi] = True
     left, right = window.tolist()
-    return Calls((left, right), spans, np.column_stack([rows, fresh]))
+    return Calls((left, right), spans, np.column_stack([rows, fresh]), part)
 
 
 def _turns(bands: np.ndarray) -> np.ndarray:
@@ -513,16 +525,17 @@ def _relayed(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) 
         at[first:end] = np.cumsum([0, *sizes[first : end - 1]])
         room[first], group_of[first:end] = int(sizes[first:end].sum()), n + 1
     # 2. the calls of each memory, in order
-    bands, when = _arriving(
-        visible(mask, q, k, reader=rank), rank, np.column_stack([origin, row, row + size, start + at[step], step])
-    )
-    order = np.argsort(group_of[when], kind="stable")
-    calls = _calls(np.split(bands[order], np.searchsorted(group_of[when][order], np.arange(1, len(groups) + 1))), q_rows)
+    places = np.column_stack([origin, row, row + size, start + at[step]])
+    seen, part = _of_rank(mask, q, k, rank)
+    bands, when, which = _arriving(seen, rank, np.column_stack([places, step]))
+    calls = _calls(bands, group_of[when], part[which], len(groups) + 1, q_rows)
+    holds = [places[group_of[step] == n + 1] for n in range(len(groups))]
     # 3. the steps
     mine, first_reader, last_reader = chains.sent_from(rank)
     own = chains.pieces[mine, 1]
     own_end, back = own + chains.pieces[mine, 3] - chains.pieces[mine, 2], chains.length[mine]
-    steps, send = [Step(k_rows, calls=calls[0])], _messages(first_reader, own, own_end)
+    steps = [Step(k_rows, calls=calls[0], holds=np.array([[rank, 0, k_rows, 0]]))]
+    send = _messages(first_reader, own, own_end)
     ends = {end - 1 for _, end in groups}
     for t in range(1, chains.steps + 1):
         here = slice(bounds[t - 1], bounds[t])
@@ -537,6 +550,7 @@ def _relayed(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) 
                 room=room[t],
                 ends=t in ends,
                 calls=calls[group_of[t]] if t in ends else (),
+                holds=holds[group_of[t] - 1],
                 relays=t < chains.steps,
                 home_send=_messages(origin[here][~goes_on], lo[~goes_on], hi[~goes_on]),
                 home_receive=_messages(last_reader[returns], own[returns], own_end[returns]),
@@ -546,18 +560,18 @@ def _relayed(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) 
     return RankPlan(rank, q.world_size, q_rows, k_rows, tuple(steps))
 
 
-def _arriving(bands: np.ndarray, rank: int, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bands of a rank's queries ``[n, 8]`` over rows of memory, and the step with which each can be computed, 0 for own rows.
+def _arriving(bands: np.ndarray, rank: int, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bands of a rank's queries ``[n, 8]`` over rows of memory: when each can be computed, and which of `bands` it is of.
 
     Args:
-        arrivals: ``(origin, lo, hi, start, step)``: rows of an origin, where in memory they start, and when they arrive. A band
-            over rows of several steps becomes several bands.
+        arrivals: ``(origin, lo, hi, start, step)``: rows of an origin, where in memory they start, and with which step they arrive;
+            own rows are there at 0. A band over rows of several steps becomes several bands.
     """
-    own = bands[:, 1] == rank
-    far, order = bands[~own], np.lexsort((arrivals[:, 1], arrivals[:, 0]))
+    own, other = np.flatnonzero(bands[:, 1] == rank), np.flatnonzero(bands[:, 1] != rank)
+    far, order = bands[other], np.lexsort((arrivals[:, 1], arrivals[:, 0]))
     origin, lo, hi, start, step = arrivals[order].T
     if not len(order):
-        return bands[:, 2:], np.zeros(len(bands), dtype=np.int64)
+        return bands[:, 2:], np.zeros(len(bands), dtype=np.int64), own
     follows = (
         (origin[1:] == origin[:-1]) & (lo[1:] == hi[:-1]) & (step[1:] == step[:-1]) & (start[1:] - start[:-1] == lo[1:] - lo[:-1])
     )
@@ -570,8 +584,8 @@ def _arriving(bands: np.ndarray, rank: int, arrivals: np.ndarray) -> tuple[np.nd
     shift = start[run] - lo[run]
     moved = np.stack([cut[0], cut[1], cut[2] + shift, cut[3] + shift, cut[4] + shift, cut[5] + shift], axis=1)
     some = (moved[:, 0] < moved[:, 1]) & (moved[:, 2] < moved[:, 3])
-    when = np.concatenate([np.zeros(int(own.sum()), dtype=np.int64), step[run][some]])
-    return np.concatenate([bands[own, 2:], moved[some]]), when
+    when = np.concatenate([np.zeros(len(own), dtype=np.int64), step[run][some]])
+    return np.concatenate([bands[own, 2:], moved[some]]), when, np.concatenate([own, other[band[some]]])
 
 
 def _groups(last: int, grows: bool) -> list[tuple[int, int]]:

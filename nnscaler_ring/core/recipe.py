@@ -28,6 +28,9 @@ class Recipe:
         causal, window, sinks, prefix: see `mask.build`.
         heads_stride: key heads that travel at once under ``all_gather``; 0 for all.
         deterministic: the same bits each time.
+        softcap, dropout: see `kernels.base.Scores`.
+        far: keys so many tokens before a query or more are scored by the second half of q's and k's features; None for no halves.
+        batch0, head0: numbers of the first batch row and head in the whole model, where ranks have others besides.
         reduce_dtype: name of the dtype in which gradients of keys and values travel; fp32 (float64 for float64) where empty.
     """
 
@@ -41,7 +44,17 @@ class Recipe:
     prefix: int = 0
     heads_stride: int = 0
     deterministic: bool = False
+    softcap: float = 0.0
+    dropout: float = 0.0
+    far: int | None = None
+    batch0: int = 0
+    head0: int = 0
     reduce_dtype: str = ""
+
+    @property
+    def parts(self) -> int:
+        """In how many the features of q and k are divided."""
+        return 1 if self.far is None else 2
 
     def __str__(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -57,13 +70,15 @@ class Recipe:
 def mask_of(recipe: Recipe, q_len: int, k_len: int, cu_q: bytes | None, cu_k: bytes | None, slices: bytes | None) -> mask.Mask:
     """The mask of a recipe over packed documents, or the slices given instead; tables as int64 bytes."""
     if slices is not None:
-        return mask.Mask(np.frombuffer(slices, dtype=np.int64).reshape(-1, 6), q_len, k_len)
+        table = np.frombuffer(slices, dtype=np.int64).reshape(-1, 7)
+        return mask.Mask(table[:, :6], q_len, k_len, table[:, 6])
     return mask.build(
         *(q_len, k_len),
         causal=recipe.causal,
         window=recipe.window,
         sinks=recipe.sinks,
         prefix=recipe.prefix,
+        far=recipe.far,
         cu_seqlens_q=None if cu_q is None else np.frombuffer(cu_q, dtype=np.int64),
         cu_seqlens_k=None if cu_k is None else np.frombuffer(cu_k, dtype=np.int64),
     )

@@ -154,6 +154,7 @@ class Grad:
         dq: ``[B, L, Hq, D]`` accumulator, fp32 (float64 for float64).
         dk, dv: ``[B, M, Hk, D or Dv]`` accumulators of the buffer's rows.
         d_bias: accumulator like `Scores.bias`, or None where its gradient is not asked for.
+        d_lse: ``[B, Hq, L]`` gradient of `lse`, or None: it adds to that of every score, by the weight before dropout.
     """
 
     q: Tensor
@@ -165,6 +166,20 @@ class Grad:
     dv: Tensor
     deterministic: bool = False
     d_bias: Tensor | None = None
+    d_lse: Tensor | None = None
+
+
+def through_a_value(grad: Grad, v: Tensor) -> tuple[Grad, Tensor]:
+    """`grad` and values that say the same without `d_lse`, for a backend that does not know it and has no dropout.
+
+    All keys get a value of 1 besides theirs, of which `d_lse` is the gradient; its part of `out`, which is counted in `d_lse`, is
+    0. What `dv` then has but for its last column is to be added to that of `grad`.
+    """
+    assert grad.d_lse is not None
+    column = grad.d_lse.transpose(1, 2).unsqueeze(3).to(grad.d_out.dtype)
+    d_out, out = torch.cat([grad.d_out, column], 3), torch.cat([grad.out, torch.zeros_like(column)], 3)
+    dv = grad.dv.new_zeros(*grad.dv.shape[:3], grad.dv.shape[3] + 1)
+    return replace(grad, d_out=d_out, out=out, dv=dv, d_lse=None), torch.cat([v, torch.ones_like(v[..., :1])], 3)
 
 
 def rows(spans: Spans) -> Sequence[tuple[int, int, int, int]]:

@@ -48,7 +48,9 @@ class Reference(Kernel):
             if scores.dropout:
                 kept = _kept(weights, scores, piece)
                 d_weights, used = d_weights * kept, weights * kept
-            d_scores = weights * (d_weights - (out * d_out).sum(-1, keepdim=True))
+            delta = (out * d_out).sum(-1, keepdim=True)
+            delta = delta if grad.d_lse is None else delta - grad.d_lse[:, :, i0:i1].unsqueeze(-1)
+            d_scores = weights * (d_weights - delta)
             if grad.d_bias is not None and scores.k_at is not None:
                 d_bias = d_scores.sum((0, 1) if grad.d_bias.shape[0] == 1 else 0)
                 grad.d_bias[:, i0:i1].index_add_(2, scores.k_at[j0:j1], d_bias.view(-1, i1 - i0, j1 - j0))
