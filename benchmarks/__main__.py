@@ -6,15 +6,11 @@ import argparse
 import pathlib
 from collections.abc import Callable
 
-from benchmarks import cpu_cost, overlap, planning, scaling
+from benchmarks import cpu_cost, overlap, piecewise, planning, scaling
 from benchmarks.report import hardware
 
-BENCHMARKS: dict[str, Callable[[int], str]] = {
-    "cpu_cost": cpu_cost.table,
-    "overlap": overlap.table,
-    "planning": planning.table,
-    "scaling": scaling.table,
-}
+MODULES = (cpu_cost, overlap, piecewise, planning, scaling)
+BENCHMARKS: dict[str, Callable[[int], str]] = {module.__name__.rpartition(".")[2]: module.table for module in MODULES}
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ The public surface on one page: ops for models (`ops`), per-rank functions under
 from . import plugin as plugin  # registers the ops where nnscaler is installed
 from .context import ContextParallel
 from .core.mask import Mask, Slice
+from .flag_attention import flash_attention, piecewise_attention
 from .functional import (
     intel_ring_flash_attn_func,
     intel_ring_flash_attn_kvpacked_func,
@@ -37,6 +38,7 @@ from .functional import (
 )
 from .launch import cleanup_distributed, setup_mpi_distributed
 from .ops import (
+    wrap_piecewise_attn_func,
     wrap_ring_attn_func,
     wrap_ring_attn_varlen_func,
     wrap_sliding_window_attn_func,
@@ -53,6 +55,7 @@ __all__ = [
     "Mask",
     "Slice",
     "cleanup_distributed",
+    "flash_attention",
     "intel_ring_flash_attn_func",
     "intel_ring_flash_attn_kvpacked_func",
     "intel_ring_flash_attn_qkvpacked_func",
@@ -60,6 +63,7 @@ __all__ = [
     "llama3_flash_attn_varlen_func",
     "llama3_flash_attn_varlen_kvpacked_func",
     "llama3_flash_attn_varlen_qkvpacked_func",
+    "piecewise_attention",
     "ring_flash_attn_func",
     "ring_flash_attn_kvpacked_func",
     "ring_flash_attn_qkvpacked_func",
@@ -74,6 +78,7 @@ __all__ = [
     "stripe_flash_attn_func",
     "stripe_flash_attn_kvpacked_func",
     "stripe_flash_attn_qkvpacked_func",
+    "wrap_piecewise_attn_func",
     "wrap_ring_attn_func",
     "wrap_ring_attn_varlen_func",
     "wrap_sliding_window_attn_func",

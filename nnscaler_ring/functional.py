@@ -46,6 +46,9 @@ def ring_flash_attn_func(
     transport: str = "ring",
     kernel: str = "auto",
     seq_len: int | None = None,
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: int | None = None,
 ) -> Result:
     """Ring attention (Liu et al., arXiv:2310.01889) on contiguous shards: rank `r` holds chunk `r` of `P`.
 
@@ -55,6 +58,7 @@ def ring_flash_attn_func(
         transport: ``ring``, ``all_gather``, ``halo`` or ``auto``.
         kernel: ``auto``, or the name of a backend.
         seq_len: tokens of the whole sequence where ranks hold different numbers; ``P * L`` where None.
+        softcap, learnable_sink, dropout_seed: see `core.call.Options`.
 
     Returns:
         out ``[B, L, Hq, Dv]``, or ``(out, softmax_lse, None)``.
@@ -76,6 +80,9 @@ def ring_flash_attn_func(
         alibi_slopes=alibi_slopes,
         deterministic=deterministic,
         return_attn_probs=return_attn_probs,
+        softcap=softcap,
+        learnable_sink=learnable_sink,
+        dropout_seed=dropout_seed,
     )
     return attend(q, k, v, recipe, options, Rows(seq_len=seq_len))
 
@@ -98,6 +105,9 @@ def ring_flash_attn_varlen_func(
     layout: str = "contiguous-per-document",
     transport: str = "ring",
     kernel: str = "auto",
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: int | None = None,
 ) -> Result:
     """Ring attention on packed documents, each cut in `P` contiguous parts of one length.
 
@@ -105,7 +115,7 @@ def ring_flash_attn_varlen_func(
         q: ``[T, Hq, D]``; k ``[T, Hk, D]``; v ``[T, Hk, Dv]``.
         cu_seqlens: int32 ``[documents + 1]``, boundaries of the parts in *this rank's* shard, equal on all ranks.
         max_seqlen: tokens of the longest part, at least.
-        layout, transport, kernel: see `ring_flash_attn_func`.
+        layout, transport, kernel, softcap, learnable_sink, dropout_seed: see `ring_flash_attn_func`.
 
     Returns:
         out ``[T, Hq, Dv]``, or ``(out, softmax_lse, None)``.
@@ -128,6 +138,9 @@ def ring_flash_attn_varlen_func(
         alibi_slopes=alibi_slopes,
         deterministic=deterministic,
         return_attn_probs=return_attn_probs,
+        softcap=softcap,
+        learnable_sink=learnable_sink,
+        dropout_seed=dropout_seed,
     )
     check_qkv(q, k, v)
     documents = check_documents(cu_seqlens, max_seqlen, q.shape[0]) * _world_size(group)
@@ -193,6 +206,9 @@ def llama3_flash_attn_varlen_func(
     group: dist.ProcessGroup | None = None,
     *,
     kernel: str = "auto",
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: int | None = None,
 ) -> Result:
     """All-gather attention on a packed row cut in `P` contiguous parts (Llama 3, arXiv:2407.21783, section 3.3.2).
 
@@ -227,6 +243,9 @@ def llama3_flash_attn_varlen_func(
         alibi_slopes=alibi_slopes,
         deterministic=deterministic,
         return_attn_probs=return_attn_probs,
+        softcap=softcap,
+        learnable_sink=learnable_sink,
+        dropout_seed=dropout_seed,
     )
     transport = transport_of(recipe.group)
     tokens = q.shape[0] * transport.world_size

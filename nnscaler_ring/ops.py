@@ -10,12 +10,12 @@ Legend: `B` batch, `S` tokens of the sequence, `T` packed tokens, `Hq`/`Hk` quer
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, cast
 
-import torch.distributed as dist
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -39,6 +39,9 @@ class Settings:
     causal: bool = True
     window_size: tuple[int, int] = (-1, -1)
     sinks: int = 0
+    softcap: float = 0.0
+    dropout_seed: int | None = None
+    far: int | None = None
     deterministic: bool = False
     return_attn_probs: bool = False
     layout: str = "contiguous"
@@ -71,6 +74,8 @@ class _Call:
     settings: Settings
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
+    extras: Mapping[str, Any]
+    first: tuple[int, int] = (0, 0)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, process_group: Group, ring_size: int) -> tuple[Tensor, Tensor]:
         """out and lse, on DTensors or on this rank's shard."""
@@ -95,12 +100,10 @@ class _Call:
             )
         call = replace(self, cu_seqlens_q=dtensor.local(self.cu_seqlens_q), cu_seqlens_k=dtensor.local(self.cu_seqlens_k))
 
-        def on_shards(
-            shards: Sequence[Tensor], rings: Sequence[dist.ProcessGroup], total: tuple[int, int]
-        ) -> tuple[Tensor, Tensor]:
-            return call._on_group(shards, grid_name(rings), total)
+        def on_shards(here: dtensor.Here) -> tuple[Tensor, Tensor]:
+            return replace(call, extras=here.extras, first=here.first)._on_group(here.qkv, grid_name(here.rings), here.lengths)
 
-        return dtensor.run(self.spec, q, k, v, on_shards)
+        return dtensor.run(self.spec, q, k, v, self.extras, on_shards)
 
     def _transport(self, group: str) -> str:
         """How rows travel; in a grid heads travel within the teams, and rows between them as the call says."""
@@ -118,10 +121,11 @@ class _Call:
         q, k, v = shards
         given = self.settings
         inner = given.layout if group == "local:1" else self.spec.layout
-        recipe = Recipe(group=group, layout=inner, transport=self._transport(group), kernel=given.kernel)
+        transport, (batch0, head0) = self._transport(group), self.first
+        recipe = Recipe(group=group, layout=inner, transport=transport, kernel=given.kernel, batch0=batch0, head0=head0)
         q_len, k_len = lengths
         rows = Rows(seq_len=q_len, seq_len_k=k_len, cu_seqlens_q=self.cu_seqlens_q, cu_seqlens_k=self.cu_seqlens_k)
-        options = replace(given.options, return_attn_probs=True)
+        options = replace(given.options, return_attn_probs=True, **self.extras)
         _, (total, total_k), _ = check(q, k, v, recipe, options, rows)
         if inner != given.layout:
             batches = [([q, k, v], total)] if total == total_k else [([q], total), ([k, v], total_k)]
@@ -145,6 +149,8 @@ def dense_attention(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
     op: str = "wrap_ring_attn_func",
     settings: str = "{}",
     process_group: Group = None,
@@ -155,6 +161,7 @@ def dense_attention(
     Args:
         q, k, v: ``[B, S, Hq, D]``, ``[B, S, Hk, D]``, ``[B, S, Hk, Dv]``.
         cu_seqlens: boundaries of packed documents, or None.
+        alibi_slopes, learnable_sink: see `core.call.Options`.
         op: name of the front in `annotations.spec.SPECS`.
         settings: a `Settings` as a string.
         process_group: the ranks that share the sequence; None: this process alone.
@@ -163,7 +170,8 @@ def dense_attention(
     Returns:
         out, or out and lse with ``return_attn_probs``.
     """
-    call = _Call(spec=SPECS[op], settings=Settings.parse(settings), cu_seqlens_q=cu_seqlens, cu_seqlens_k=None)
+    extras = {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
+    call = _Call(spec=SPECS[op], settings=Settings.parse(settings), cu_seqlens_q=cu_seqlens, cu_seqlens_k=None, extras=extras)
     out, lse = call.run(q, k, v, process_group, ring_size)
     return (out, lse) if call.settings.return_attn_probs else out
 
@@ -174,19 +182,24 @@ def packed_attention(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    alibi_slopes: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    bias: Tensor | None = None,
     op: str = "wrap_ring_attn_varlen_func",
     settings: str = "{}",
     process_group: Group = None,
     ring_size: int = 1,
 ) -> Outputs:
-    """`dense_attention` for one packed row: q ``[T, Hq, D]``, k ``[T, Hk, D]``, v ``[T, Hk, Dv]``, and both boundaries."""
-    call = _Call(spec=SPECS[op], settings=Settings.parse(settings), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    """`dense_attention` for one packed row: q ``[T, Hq, D]``, k ``[T, Hk, D]``, v ``[T, Hk, Dv]``, both boundaries, and a bias."""
+    extras = {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink, "bias": bias}
+    given = Settings.parse(settings)
+    call = _Call(spec=SPECS[op], settings=given, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, extras=extras)
     out, lse = call.run(q, k, v, process_group, ring_size)
     return (out, lse) if call.settings.return_attn_probs else out
 
 
-_SHARED: tuple[str, ...] = ("softmax_scale", "dropout_p", "window_size", "alibi_slopes", "deterministic", "return_attn_probs")
-_SHARED += ("transport", "kernel", "seq_len")
+_SHARED: tuple[str, ...] = ("softmax_scale", "dropout_p", "window_size", "deterministic", "return_attn_probs")
+_SHARED += ("transport", "kernel", "seq_len", "softcap", "dropout_seed")
 """The plain arguments that all fronts have, in the order in which they hand them on."""
 
 
@@ -196,7 +209,7 @@ def _run(op: str, tensors: Sequence[Tensor | None], process_group: Group, shared
     nnscaler traces through the fronts: what is computed from a container with a tensor goes into its graph.
     """
     given = {**dict(zip(_SHARED, shared, strict=True)), **own}
-    Options(dropout_p=given["dropout_p"], alibi_slopes=given["alibi_slopes"])
+    Options(dropout_p=given["dropout_p"], softcap=given["softcap"], far=given.get("far"))
     if SPECS[op].layout == "zigzag" and not given["causal"]:
         raise ValueError(f"{op}: causal=False, but zigzag shards balance a causal mask; pass causal=True or take a ring function")
     scale = None if given["softmax_scale"] is None else float(given["softmax_scale"])
@@ -227,6 +240,9 @@ def _dense_attn(
     transport: str = "auto",
     kernel: str = "auto",
     seq_len: int | None = None,
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: int | None = None,
     op: str = "wrap_ring_attn_func",
 ) -> Result:
     """Attention over one sequence a batch row.
@@ -234,10 +250,10 @@ def _dense_attn(
     Args:
         q: ``[B, S, Hq, D]``, a plain tensor or a DTensor; k ``[B, S, Hk, D]``; v ``[B, S, Hk, Dv]``.
         softmax_scale: factor of the scores; ``D ** -0.5`` where None.
-        dropout_p: must be 0.0; not built yet.
+        dropout_p: probability with which a weight is dropped; which are does not depend on how the sequence is cut.
         causal: no token sees a later one.
         window_size: ``(left, right)`` tokens seen before and after each token, -1 for no limit.
-        alibi_slopes: must be None; not built yet.
+        alibi_slopes: ``[Hq]`` or ``[B, Hq]``: scores less slope times distance (ALiBi, Press et al., arXiv:2108.12409).
         deterministic: the same bits each time.
         return_attn_probs: return ``(out, softmax_lse, None)``.
         process_group: for plain tensors, the group whose ranks each pass a shard, or the global ranks of one that was made;
@@ -247,6 +263,9 @@ def _dense_attn(
         transport: ``auto``, ``ring``, ``grouped_ring``, ``all_gather``, ``halo`` or ``all_to_all``.
         kernel: ``auto``, or the name of a backend.
         seq_len: tokens of the whole sequence, for plain shards of different lengths.
+        softcap: scores ``softcap * tanh(score / softcap)``; 0 for none.
+        learnable_sink: logits ``[Hq]`` of a key without a value, one a head.
+        dropout_seed: of the dropout; drawn from torch's default CPU generator where None.
 
     Returns:
         out ``[B, S, Hq, Dv]``, or ``(out, softmax_lse, None)`` with ``softmax_lse`` ``[B, Hq, S]``, fp32, natural log.
@@ -261,8 +280,12 @@ def _dense_attn(
         >>> _dense_attn(q, k, v).shape
         torch.Size([1, 16, 4, 8])
     """
-    shared = (softmax_scale, dropout_p, window_size, alibi_slopes, deterministic, return_attn_probs, transport, kernel, seq_len)
-    return _run(op, (q, k, v, cu_seqlens), process_group, shared, causal=causal, layout=layout)
+    shared = (
+        *(softmax_scale, dropout_p, window_size, deterministic, return_attn_probs, transport, kernel, seq_len),
+        softcap,
+        dropout_seed,
+    )
+    return _run(op, (q, k, v, cu_seqlens, alibi_slopes, learnable_sink), process_group, shared, causal=causal, layout=layout)
 
 
 wrap_ring_attn_func = fixed(
@@ -313,6 +336,9 @@ def wrap_ring_attn_varlen_func(
     kernel: str = "auto",
     seq_len: int | None = None,
     seq_len_k: int | None = None,
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: int | None = None,
 ) -> Result:
     """Attention within the documents packed in one row, which is cut in contiguous parts wherever that falls.
 
@@ -320,10 +346,10 @@ def wrap_ring_attn_varlen_func(
         q: ``[T, Hq, D]``, a plain tensor or a DTensor; k ``[T, Hk, D]``; v ``[T, Hk, Dv]``.
         cu_seqlens_q: int32 boundaries of the documents in the whole row, ``[0, ..., T]``.
         cu_seqlens_k: the same for keys; documents are aligned at their last token where the numbers differ.
-        bias: must be None; not built yet.
+        bias: ``[Hq or 1, T, Tk]``, rows with q, keys in natural order, added to the scores.
         seq_len_k: key tokens of the whole row, for plain shards of different lengths; `seq_len` where None.
         dropout_p, softmax_scale, causal, window_size, alibi_slopes, deterministic, return_attn_probs, process_group, transport,
-            kernel, seq_len: see `wrap_ring_attn_func`.
+            kernel, seq_len, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
 
     Returns:
         out ``[T, Hq, Dv]``, or ``(out, softmax_lse, None)`` with ``softmax_lse`` ``[Hq, T]``, fp32, natural log.
@@ -338,10 +364,12 @@ def wrap_ring_attn_varlen_func(
         >>> wrap_ring_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, causal=True).shape
         torch.Size([16, 4, 8])
     """
-    if bias is not None:
-        raise NotImplementedError("bias: no kernel here adds one yet; pass bias=None")
-    shared = (softmax_scale, dropout_p, window_size, alibi_slopes, deterministic, return_attn_probs, transport, kernel, seq_len)
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    shared = (
+        *(softmax_scale, dropout_p, window_size, deterministic, return_attn_probs, transport, kernel, seq_len),
+        softcap,
+        dropout_seed,
+    )
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, learnable_sink, bias)
     return _run("wrap_ring_attn_varlen_func", tensors, process_group, shared, causal=causal, seq_len_k=seq_len_k)
 
 
@@ -362,6 +390,9 @@ def wrap_sliding_window_attn_func(
     transport: str = "auto",
     kernel: str = "auto",
     seq_len: int | None = None,
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: int | None = None,
 ) -> Result:
     """Sliding-window attention: only the neighbours' last rows travel, however many ranks there are.
 
@@ -369,7 +400,7 @@ def wrap_sliding_window_attn_func(
         q: ``[B, S, Hq, D]``, a plain tensor or a DTensor; k ``[B, S, Hk, D]``; v ``[B, S, Hk, Dv]``.
         window_size: tokens seen before each token (and after it, if not causal), or ``(left, right)``; -1 for no limit.
         softmax_scale, dropout_p, causal, alibi_slopes, deterministic, return_attn_probs, process_group, cu_seqlens, transport,
-            kernel, seq_len: see `wrap_ring_attn_func`.
+            kernel, seq_len, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
 
     Returns:
         out ``[B, S, Hq, Dv]``, or ``(out, softmax_lse, None)``.
@@ -384,8 +415,14 @@ def wrap_sliding_window_attn_func(
         torch.Size([1, 16, 4, 8])
     """
     window = (window_size, 0 if causal else window_size) if isinstance(window_size, int) else window_size
-    shared = (softmax_scale, dropout_p, window, alibi_slopes, deterministic, return_attn_probs, transport, kernel, seq_len)
-    return _run("wrap_sliding_window_attn_func", (q, k, v, cu_seqlens), process_group, shared, causal=causal)
+    shared = (
+        *(softmax_scale, dropout_p, window, deterministic, return_attn_probs, transport, kernel, seq_len),
+        softcap,
+        dropout_seed,
+    )
+    return _run(
+        "wrap_sliding_window_attn_func", (q, k, v, cu_seqlens, alibi_slopes, learnable_sink), process_group, shared, causal=causal
+    )
 
 
 def wrap_streaming_llm_attn_func(
@@ -405,6 +442,9 @@ def wrap_streaming_llm_attn_func(
     transport: str = "auto",
     kernel: str = "auto",
     seq_len: int | None = None,
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: int | None = None,
 ) -> Result:
     """StreamingLLM attention (Xiao et al., arXiv:2309.17453): a causal window, and the first tokens of the query's document.
 
@@ -413,7 +453,7 @@ def wrap_streaming_llm_attn_func(
         window_size: tokens seen before each token.
         num_sinks: first tokens of each document that all its later tokens see.
         softmax_scale, dropout_p, alibi_slopes, deterministic, return_attn_probs, process_group, cu_seqlens, transport, kernel,
-            seq_len: see `wrap_ring_attn_func`.
+            seq_len, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
 
     Returns:
         out ``[B, S, Hq, Dv]``, or ``(out, softmax_lse, None)``.
@@ -428,5 +468,71 @@ def wrap_streaming_llm_attn_func(
         torch.Size([1, 16, 4, 8])
     """
     window = (window_size, 0)
-    shared = (softmax_scale, dropout_p, window, alibi_slopes, deterministic, return_attn_probs, transport, kernel, seq_len)
-    return _run("wrap_streaming_llm_attn_func", (q, k, v, cu_seqlens), process_group, shared, causal=True, sinks=num_sinks)
+    shared = (
+        *(softmax_scale, dropout_p, window, deterministic, return_attn_probs, transport, kernel, seq_len),
+        softcap,
+        dropout_seed,
+    )
+    return _run(
+        "wrap_streaming_llm_attn_func",
+        (q, k, v, cu_seqlens, alibi_slopes, learnable_sink),
+        process_group,
+        shared,
+        causal=True,
+        sinks=num_sinks,
+    )
+
+
+def wrap_piecewise_attn_func(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    dist_threshold: int,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    process_group: Group = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    layout: str = "contiguous",
+    transport: str = "auto",
+    kernel: str = "auto",
+    seq_len: int | None = None,
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    dropout_seed: int | None = None,
+) -> Result:
+    """Attention with scores ``q2.k2`` where the key is at least `dist_threshold` tokens before the query, ``q1.k1`` elsewhere.
+
+    Rotary embeddings of two bases, for near and far (FlagAttention's piecewise attention). Two disjoint masks with one softmax: no
+    kernel needs to know of it.
+
+    Args:
+        q1, q2: ``[B, S, Hq, D]``; k1, k2 ``[B, S, Hk, D]``; v ``[B, S, Hk, Dv]``; plain tensors or DTensors.
+        dist_threshold: tokens; positions are aligned at the last one where queries and keys differ in number.
+        causal, softmax_scale, dropout_p, window_size, alibi_slopes, deterministic, return_attn_probs, process_group, cu_seqlens,
+            layout, transport, kernel, seq_len, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
+
+    Returns:
+        out ``[B, S, Hq, Dv]``, or ``(out, softmax_lse, None)``.
+
+    Raises:
+        ValueError, NotImplementedError: see `wrap_ring_attn_func`.
+
+    Example:
+        >>> import torch
+        >>> q1, k1, q2, k2, v = (torch.randn(1, 16, 4, 8) for _ in range(5))
+        >>> wrap_piecewise_attn_func(q1, k1, q2, k2, v, 4, causal=True).shape
+        torch.Size([1, 16, 4, 8])
+    """
+    scale = q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    q, k = torch.cat([q1, q2], -1), torch.cat([k1, k2], -1)
+    shared = (*(scale, dropout_p, window_size, deterministic, return_attn_probs, transport, kernel, seq_len), softcap, dropout_seed)
+    tensors = (q, k, v, cu_seqlens, alibi_slopes, learnable_sink)
+    return _run("wrap_ring_attn_func", tensors, process_group, shared, causal=causal, layout=layout, far=dist_threshold)

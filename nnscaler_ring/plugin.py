@@ -202,8 +202,7 @@ def wrap_zigzag_allgather_attn_varlen_func(
     Args:
         q: ``[T, Hq, D]``; k ``[T, Hk, D]``; v ``[T, Hk, Dv]``.
         cu_seqlens_q, cu_seqlens_k: int32 boundaries of the documents in the whole row.
-        alibi_slopes: must be None; not built yet.
-        dropout_p: must be 0.0; not built yet.
+        alibi_slopes, dropout_p: see `wrap_ring_attn_varlen_func`.
         softmax_scale, causal, window_size, deterministic, process_group: see `wrap_ring_attn_varlen_func`.
         return_attn_probs, enable_ring, use_cute: must be left as they are.
         return_lse: return ``(out, softmax_lse)``, the latter ``[Hq, T]``.
@@ -225,9 +224,10 @@ def wrap_zigzag_allgather_attn_varlen_func(
     _check_ring(enable_ring)
     if return_attn_probs or use_cute:
         raise NotImplementedError("return_attn_probs and use_cute must be False: take return_lse, and a kernel by its name")
-    Options(dropout_p=dropout_p, alibi_slopes=alibi_slopes, window_size=window_size)
+    Options(dropout_p=dropout_p, window_size=window_size)
     settings = Settings(
         softmax_scale=softmax_scale,
+        dropout_p=dropout_p,
         causal=causal,
         window_size=window_size,
         deterministic=deterministic,
@@ -235,7 +235,10 @@ def wrap_zigzag_allgather_attn_varlen_func(
     )
     longest = "" if max_seqlen_q is None and max_seqlen_k is None else f"{max_seqlen_q},{max_seqlen_k}"
     return zigzag_attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, settings=str(settings), longest=longest, process_group=process_group
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes),
+        settings=str(settings),
+        longest=longest,
+        process_group=process_group,
     )
 
 
@@ -245,6 +248,7 @@ def zigzag_attention(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    alibi_slopes: Tensor | None = None,
     settings: str = "{}",
     longest: str = "",
     process_group: Group = None,
@@ -262,7 +266,8 @@ def zigzag_attention(
     name = nnscaler.pretended(ring_size) if process_group is None else group_name(process_group)
     recipe = Recipe(group=name, layout=_PER_DOCUMENT, transport="all_gather")
     rows = Rows(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    result = attend(q, k, v, recipe, replace(given.options, return_attn_probs=True), rows)
+    options = replace(given.options, return_attn_probs=True, alibi_slopes=alibi_slopes)
+    result = attend(q, k, v, recipe, options, rows)
     return (result[0], result[1]) if given.return_attn_probs else result[0]
 
 

@@ -186,6 +186,37 @@ class Varlen(Dense):
         return nnscaler_ring.wrap_ring_attn_varlen_func(q[0], k[0], v[0], cu, cu, causal=True)
 
 
+class Featured(Dense):
+    """Tensors besides q, k and v, of which one is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink = nn.Parameter(torch.tensor([0.3, -0.2, 0.5, 0.1]).double())
+        self.slopes = nn.Buffer(torch.tensor([0.5, 0.25, 0.125, 0.0625]))
+
+    def op(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        return nnscaler_ring.wrap_zigzag_attn_func(q, k, v, alibi_slopes=self.slopes, learnable_sink=self.sink, softcap=2.0)
+
+
+class FeaturedPacked(Dense):
+    packed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink = nn.Parameter(torch.tensor([0.3, -0.2, 0.5, 0.1]).double())
+        self.bias = nn.Parameter(torch.randn(4, S, S).double())
+
+    def op(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        return nnscaler_ring.wrap_ring_attn_varlen_func(
+            q[0], k[0], v[0], cu, cu, causal=True, learnable_sink=self.sink, bias=self.bias
+        )
+
+
+class Piecewise(Dense):
+    def op(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        return nnscaler_ring.wrap_piecewise_attn_func(q, k, q * 0.5, k * 2.0, v, 5, True)
+
+
 class Shuffled(Dense):
     """Zigzag order document by document, into it and back."""
 
@@ -197,7 +228,8 @@ class Shuffled(Dense):
         return plugin.wrap_maybe_unshuffle(out, cu)
 
 
-MODELS = [Dense, DenseMqa, RingPacked, RingLse, ZigzagNatural, StripeNatural, Ulysses, Sliding, Streaming, Varlen, Shuffled]
+MODELS = [Dense, DenseMqa, RingPacked, RingLse, ZigzagNatural, StripeNatural, Ulysses, Sliding, Streaming, Varlen, Featured]
+MODELS += [FeaturedPacked, Piecewise, Shuffled]
 DENSE_CUTS = [(idx, dim) for idx in range(3) for dim in range(3)]
 PACKED_CUTS = [(idx, dim) for idx in range(3) for dim in range(2)]
 
@@ -206,7 +238,7 @@ def cuts_of(model: type[Dense]) -> list[tuple[int, int]]:
     """Every (input, dim) of the op that may be cut."""
     if model is Shuffled:
         return [(0, 0)]  # its four ops at one place
-    cuts = PACKED_CUTS if model is Varlen else DENSE_CUTS
+    cuts = PACKED_CUTS if model in (Varlen, FeaturedPacked) else DENSE_CUTS
     return [(idx, dim) for idx, dim in cuts if not (model is DenseMqa and idx > 0 and dim == 2)]
 
 

@@ -53,6 +53,9 @@ SIGNATURES: dict[str, str] = {
     "ring_sliding_window_attn_varlen": f"q, k, v, window_size, cu_seqlens, {CP}",
     "ring_streaming_llm_attn": f"q, k, v, window_size, {CP}",
     "ring_streaming_llm_attn_varlen": f"q, k, v, window_size, cu_seqlens, {CP}",
+    "flash_attention": "q, k, v, causal=False, sm_scale=None, return_log_normalizer=False, return_total_attention=False",
+    "piecewise_attention": "q1, k1, q2, k2, v, dist_threshold, causal=False, sm_scale=None",
+    "wrap_piecewise_attn_func": "q1, k1, q2, k2, v, dist_threshold, causal=False, softmax_scale=None",
     "setup_mpi_distributed": "backend=None",
     "cleanup_distributed": "",
     "core.update_out_and_lse": "out, lse, block_out, block_lse, slice_=None",
@@ -74,7 +77,7 @@ LENIENT: dict[str, str] = {
     "ContextParallel.unshard": "self, x, dim",
     "ContextParallel.attention": "self, q, k, v, mask='causal', softmax_scale=None",
 }
-ELLIPSIS = ("wrap_sliding_window_attn_func", "wrap_streaming_llm_attn_func")
+ELLIPSIS = ("wrap_sliding_window_attn_func", "wrap_streaming_llm_attn_func", "wrap_piecewise_attn_func")
 BY_KEYWORD = {"wrap_ring_attn_varlen_func": {"bias": None}}
 
 
@@ -155,7 +158,8 @@ SIZES = {"batch": 2, "sequence": 24, "heads": 4, "dim": 8}
 
 
 def test_specs_are_of_the_ops() -> None:
-    assert set(SPECS) == set(OPS) == {name for name in nnscaler_ring.__all__ if name.startswith("wrap_")}
+    wrapped = {name for name in nnscaler_ring.__all__ if name.startswith("wrap_")}
+    assert set(SPECS) == set(OPS) == wrapped - {"wrap_piecewise_attn_func"}, "which is the ring op on features of two halves"
     assert all(spec.name == name for name, spec in SPECS.items())
 
 
@@ -163,8 +167,9 @@ def test_specs_are_of_the_ops() -> None:
 def test_spec_agrees_with_the_op(name: str) -> None:
     spec, signature = SPECS[name], inspect.signature(find(name)).parameters
     assert list(spec.inputs)[:3] == ["q", "k", "v"]
+    extras = ("alibi_slopes", "learnable_sink", "bias")
     tensors_of_the_op = [x for x in signature if x in ("q", "k", "v") or x.startswith("cu_seqlens")]
-    assert list(spec.inputs) == tensors_of_the_op
+    assert list(spec.inputs) == tensors_of_the_op + [x for x in extras if x in signature]
     for each in OPS[name]:
         truth = whole(each.shape, each.seen, each.scale)
         answer = each(truth.q, truth.k, truth.v, return_attn_probs=True)

@@ -5,7 +5,7 @@ The op runs on the local tensors; this module turns placements into its group an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,31 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .spec import OpSpec
 
-Local = Callable[[Sequence[Tensor], Sequence[dist.ProcessGroup], tuple[int, int]], tuple[Tensor, Tensor]]
-"""The op on local tensors: ``(q, k, v), the groups that share the sequence, its query and key tokens`` -> out, lse."""
+
+@dataclass(frozen=True)
+class Here:
+    """What a rank computes of a call on DTensors.
+
+    Attributes:
+        qkv, extras: the local tensors.
+        rings: the groups that share the sequence, outer first.
+        lengths: query and key tokens of the whole sequence.
+        first: numbers of the first batch row and query head.
+    """
+
+    qkv: Sequence[Tensor]
+    extras: Mapping[str, Tensor | None]
+    rings: Sequence[dist.ProcessGroup]
+    lengths: tuple[int, int]
+    first: tuple[int, int]
+
+
+Local = Callable[[Here], tuple[Tensor, Tensor]]
+"""The op on local tensors -> out, lse."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +136,11 @@ def _name(spec: OpSpec, axis: int, placements: Sequence[Placement], single_key_h
     )
 
 
-def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, op: Local) -> tuple[DTensor, DTensor]:
+def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tensor | None], op: Local) -> tuple[DTensor, DTensor]:
     """Run an op on DTensors: out and lse with the placements of q.
 
-    A key head that every rank of a heads axis shares has a gradient that is a sum over that axis.
+    A key head that every rank of a heads axis shares has a gradient that is a sum over that axis, and so have the extras over the
+    axes that do not cut them; plain tensors among these are taken to be the same on every rank.
     """
     cut = resolve(spec, q, k, v)
     assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
@@ -129,9 +150,26 @@ def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, op: Local) -> tuple[DTens
         grads = [Partial() if wanted.is_shard() and not have.is_shard() else have for wanted, have in cut_here]
         locals_.append(x.to_local(grad_placements=grads))
     total = q.shape[spec.dim("q", "sequence") or 0], k.shape[spec.dim("k", "sequence") or 0]
-    out, lse = op(locals_, cut.rings, total)
+    _, offsets = compute_local_shape_and_global_offset(q.shape, q.device_mesh, q.placements)
+    first = tuple(offsets[dim] if (dim := spec.dim("q", name)) is not None else 0 for name in ("batch", "heads"))
+    mine = {name: None if x is None else _extra(spec, cut, name, x) for name, x in extras.items()}
+    out, lse = op(Here(locals_, mine, cut.rings, total, (first[0], first[1])))
     shape = torch.Size((*q.shape[:-1], v.shape[-1]))
     return _wrap(out, cut, spec, "out", shape), _wrap(lse, cut, spec, "lse", _lse_shape(spec, q))
+
+
+def _extra(spec: OpSpec, cut: Cut, name: str, x: Tensor) -> Tensor:
+    """The local part of a tensor besides q, k and v, cut with the dims that it shares with q."""
+    dims, size = spec.inputs[name][-x.dim() :], len(cut.dims)
+    whole = x if isinstance(x, DTensor) else DTensor.from_local(x, cut.mesh, [Replicate()] * size, run_check=False)
+    places: list[Placement] = []
+    grads: list[Placement] = []
+    for axis in cut.dims:
+        dim = dims.index(axis) if axis in dims else None
+        here = Replicate() if dim is None or x.shape[dim] == 1 else Shard(dim)
+        places.append(here)
+        grads.append(Partial() if axis is not None and here.is_replicate() else here)
+    return whole.redistribute(cut.mesh, places).to_local(grad_placements=grads)
 
 
 def _lse_shape(spec: OpSpec, q: DTensor) -> torch.Size:

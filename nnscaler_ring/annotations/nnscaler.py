@@ -65,7 +65,8 @@ def annotation(spec: OpSpec, shapes: Mapping[str, Shape | None], lse: bool = Fal
 
     Args:
         spec: which dims the tensors have.
-        shapes: the shape of each input by its name in the spec; None for a tensor that is not given.
+        shapes: the shape of each input by its name in the spec; None for a tensor that is not given, those after it may be left
+            out.
         lse: the op returns the log-sum-exp too.
 
     Example:
@@ -82,19 +83,24 @@ def annotation(spec: OpSpec, shapes: Mapping[str, Shape | None], lse: bool = Fal
     # Queries and keys of different numbers have no identifier in common; the rule for the ring cuts both all the same.
     names_k = names | {"heads": "1" if keys == 1 < queries else "h", "sequence": "l" if one_length else "m^"}
     of = {"q": names, "k": names_k, "v": names_k | {"dim": "e^"}, "out": names | {"dim": "e^"}, "lse": names}
+    extra = names | {"keys": "t^"}
     inputs = [
-        _slot(i, shapes[t], [of[t][name] for name in dims] if t in of else []) for i, (t, dims) in enumerate(spec.inputs.items())
+        _slot(i, shapes[t], [of.get(t, extra)[name] for name in dims], t not in of)
+        for i, (t, dims) in enumerate(spec.inputs.items())
+        if t in shapes
     ]
     results = [spec.out, spec.lse] if lse else [spec.out]
     outputs = [" ".join(of[t][name] for name in dims) for t, dims in zip(("out", "lse"), results, strict=False)]
     return f"{', '.join(inputs)} -> {', '.join(outputs)}"
 
 
-def _slot(place: int, shape: Shape | None, dims: Sequence[str]) -> str:
-    """One input: its dims, or for a table that every rank has whole one identifier of its own a dim."""
+def _slot(place: int, shape: Shape | None, dims: Sequence[str], extra: bool) -> str:
+    """One input: its dims (the last, where an extra has fewer), or for a table that every rank has whole one identifier a dim."""
     if shape is None:
         return "?"
-    return " ".join(dims or (f"n{place}x{dim}^" for dim in range(len(shape))))
+    if not dims:
+        return " ".join(f"n{place}x{dim}^" for dim in range(len(shape)))
+    return " ".join("1" if extra and size == 1 else name for size, name in zip(shape, dims[-len(shape) :], strict=True))
 
 
 def rows_annotation(shape: Shape) -> str:
@@ -156,8 +162,13 @@ def attention_op(function: Callable[..., Any], spec: OpSpec, returns_lse: Callab
     def generate(inputs: Sequence[Any], ring_size: int, device: Any) -> Sequence[Tensor | None]:
         made: list[Tensor | None] = [_random(x, device) for x in inputs[:3]]
         lengths = [ring_size * inputs[i].shape[spec.dim(t, "sequence") or 0] for i, t in ((0, "q"), (1, "k"))]
-        tables = zip(inputs[3:], lengths, strict=False)
-        return [*made, *(None if x is None else boundaries(x.shape[0], length, device) for x, length in tables)]
+        names = list(spec.inputs)[3:]
+        tables = iter(lengths)
+        for name, x in zip(names, inputs[3:], strict=False):
+            length = next(tables) if not spec.inputs[name] else 0
+            there = _shape(x) is not None
+            made.append((_random(x, device) if spec.inputs[name] else boundaries(x.shape[0], length, device)) if there else None)
+        return made
 
     sequence = tuple(spec.dim(name, "sequence") for name in spec.inputs)
     outs = tuple(spec.dim(name, "sequence") or 0 for name in ("out", "lse"))

@@ -32,7 +32,7 @@ class OpSpec:
 
     Attributes:
         name: the public name.
-        inputs: name of a tensor argument -> names of its dims; an empty tuple for one that every rank has whole.
+        inputs: name of a tensor argument -> names of its dims; an empty tuple for a table that every rank has whole.
         out, lse: dims of the results.
         layout: the layout that the op computes in, whatever order the tokens come in.
         transport: how rows travel where a call does not say.
@@ -59,7 +59,7 @@ class OpSpec:
     @property
     def cuttable(self) -> tuple[str, ...]:
         """Names of the dims that may be cut."""
-        return tuple(name for name in CUTS if any(name in dims for dims in self.inputs.values()))
+        return tuple(name for name in CUTS if name in self.inputs["q"])
 
     def describe(self) -> str:
         """The allowed cuts in words, for error messages."""
@@ -73,16 +73,19 @@ class OpSpec:
 
 _DENSE = ("batch", "sequence", "heads", "dim")
 _PACKED = ("sequence", "heads", "dim")
+_EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType({"alibi_slopes": ("batch", "heads"), "learnable_sink": ("heads",)})
+"""What scores have of tensors besides q and k; the dims of one of fewer dims are the last."""
 
 
 def _dense(name: str, layout: str = "contiguous", transport: str = "auto") -> OpSpec:
-    tensors = {"q": _DENSE, "k": _DENSE, "v": _DENSE, "cu_seqlens": ()}
+    tensors = {"q": _DENSE, "k": _DENSE, "v": _DENSE, "cu_seqlens": (), **_EXTRAS}
     lse, grid = ("batch", "heads", "sequence"), transport == ALL_TO_ALL
     return OpSpec(name, MappingProxyType(tensors), _DENSE, lse, layout, transport, grid)
 
 
 def _varlen(name: str) -> OpSpec:
-    tensors = {"q": _PACKED, "k": _PACKED, "v": _PACKED, "cu_seqlens_q": (), "cu_seqlens_k": ()}
+    tensors = {"q": _PACKED, "k": _PACKED, "v": _PACKED, "cu_seqlens_q": (), "cu_seqlens_k": (), **_EXTRAS}
+    tensors["bias"] = ("heads", "sequence", "keys")
     return OpSpec(name, MappingProxyType(tensors), _PACKED, ("heads", "sequence"))
 
 

@@ -131,6 +131,38 @@ def _seed(options: Options) -> int:
     return int(torch.randint(1 << 62, ()).item()) if options.dropout_seed is None else options.dropout_seed
 
 
+@torch.no_grad()
+def total_attention(q: Tensor, k: Tensor, lse: Tensor, recipe: Recipe, options: Options, rows: Rows) -> Tensor:
+    """The attention weights of each of this rank's keys, summed over all queries, before dropout: ``[B, Hq, Lk]``; no gradient.
+
+    The weights of a key, summed over queries, are the gradient of its value where that of every result is 1, so the backward pass
+    finds them and brings them home.
+
+    Args:
+        q, k, recipe, options, rows: as for `attend`.
+        lse: what `attend` returned, ``[B, Hq, Lq]``.
+
+    Raises:
+        NotImplementedError: over a grid.
+    """
+    if is_grid(recipe.group):
+        raise NotImplementedError("total attention over a grid: take one group")
+    transport = "auto" if recipe.transport == ALL_TO_ALL else recipe.transport
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    ones, nothing = q.new_ones(*q.shape[:3], 1), k.new_zeros(*k.shape[:3], 1)
+    options = replace(options, dropout_p=0.0)
+    recipe, total, tables = check(q, k, nothing, replace(recipe, transport=transport), options, rows)
+    scale = (q.shape[3] // recipe.parts) ** -0.5 if options.softmax_scale is None else float(options.softmax_scale)
+    alibi = None if options.alibi_slopes is None else torch.atleast_2d(options.alibi_slopes).float()
+    extras = (*tables, alibi, options.bias, None)  # a sink is in the log-sum-exp
+    wide = torch.promote_types(q.dtype, torch.float32)
+    _, _, totals = engine.attention_backward(
+        *(ones.to(wide), None, q.to(wide), k.to(wide), nothing.to(wide), torch.zeros_like(ones, dtype=wide), lse, []),
+        *(*extras, *total, scale, 0, str(recipe), False),
+    )
+    return totals.squeeze(3).transpose(1, 2)
+
+
 def check(
     q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, rows: Rows
 ) -> tuple[Recipe, tuple[int, int], tuple[Tensor | None, ...]]:

@@ -60,7 +60,7 @@ def pieces(num_q: int, num_k: int, window: Window) -> list[Piece]:
         return _below(num_q, num_k, high)
     if to_last:
         return [_backwards(piece, num_q, num_k) for piece in _below(num_q, num_k, num_k - num_q - low)]
-    return _along(0, num_q, num_k, low, high)
+    return _wide(num_q, num_k, low, high) if high - low + 1 >= LONG // 2 else _along(0, num_q, num_k, low, high)
 
 
 def computed_pairs(piece: Piece) -> int:
@@ -92,6 +92,30 @@ def _triangle(i0: int, j0: int, size: int) -> list[Piece]:
     half = size // 2
     box = Piece(Kind.FULL, i0 + half, i0 + size, j0, j0 + half)
     return [*_triangle(i0, j0, half), box, *_triangle(i0 + half, j0 + half, size - half)]
+
+
+def _wide(num_q: int, num_k: int, low: int, high: int) -> list[Piece]:
+    """A wide band: as many rows at a time as it is wide see it as two triangles side by side, each with one limit."""
+    found: list[Piece] = []
+    width = high - low + 1
+    for i0 in range(0, num_q, width):
+        i1 = min(i0 + width, num_q)
+        middle = min(max(i0 + high, 0), num_k)  # keys before it have no limit on the right, from it on none on the left
+        first, rows = max(0, i0 + low), min(i1, middle - low) - i0
+        if first < middle and rows > 0:
+            left = middle - first - rows - (low - first + i0)
+            found += [_moved(piece, i0, first) for piece in pieces(rows, middle - first, (max(left, 0), -1))]
+        begin, end = max(i0, middle - high), min(num_k, i1 + high)
+        if middle < end and begin < i1:
+            right = high - middle + begin - (end - middle) + i1 - begin
+            found += [_moved(piece, begin, middle) for piece in pieces(i1 - begin, end - middle, (-1, right))]
+    return found
+
+
+def _moved(piece: Piece, i0: int, j0: int) -> Piece:
+    """A piece of rows and keys that are counted from ``(i0, j0)``."""
+    rows, keys = (piece.i0 + i0, piece.i1 + i0), (piece.j0 + j0, piece.j1 + j0)
+    return Piece(piece.kind, *rows, *keys, piece.low + j0 - i0, piece.high + j0 - i0, piece.repeat)
 
 
 def _backwards(piece: Piece, num_q: int, num_k: int) -> Piece:

@@ -1,0 +1,89 @@
+"""FlagAttention's operators, ``[B, H, S, D]``: on one device, or on shards of a group's ranks.
+
+Legend: `B` batch, `Sq`/`Sk` tokens of this rank, `H`/`Hk` heads, `D`/`Dv` head dims.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .core.call import Group, Options, Rows, attend, group_name, total_attention
+from .core.recipe import Recipe
+from .ops import wrap_piecewise_attn_func
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    return_log_normalizer: bool = False,
+    return_total_attention: bool = False,
+    *,
+    dropout_p: float = 0.0,
+    group: Group = None,
+    layout: str = "contiguous",
+    transport: str = "auto",
+    kernel: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """Attention that also tells how much attention each key got.
+
+    Args:
+        q: ``[B, H, Sq, D]``; k ``[B, Hk, Sk, D]``; v ``[B, Hk, Sk, Dv]``.
+        causal: no token sees a later one; aligned at the last token where `Sq` and `Sk` differ.
+        sm_scale: factor of the scores; ``D ** -0.5`` where None.
+        return_log_normalizer: return the log-sum-exp of the scores too, natural log; differentiable.
+        return_total_attention: return for each key the attention weights summed over all queries, before dropout; no gradient.
+        dropout_p, layout, transport, kernel: see `wrap_ring_attn_func`.
+        group: the ranks that each pass a shard; None: the default group, this process alone where there is none.
+
+    Returns:
+        out ``[B, H, Sq, Dv]`` [, log_normalizer ``[B, H, Sq]``] [, total_attention ``[B, H, Sk]``]; the latter two fp32 (float64
+        for float64).
+
+    Raises:
+        ValueError, NotImplementedError: see `core.call.attend`.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, 4, 16, 8) for _ in range(3))
+        >>> out, total = flash_attention(q, k, v, causal=True, return_total_attention=True)
+        >>> out.shape, round(total.sum().item())
+        (torch.Size([1, 4, 16, 8]), 64)
+    """
+    recipe = Recipe(group=group_name(group), layout=layout, transport=transport, kernel=kernel)
+    options = Options(softmax_scale=sm_scale, dropout_p=dropout_p, causal=causal, return_attn_probs=True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    result = attend(q, k, v, recipe, options, Rows())
+    assert isinstance(result, tuple)
+    out, lse, _ = result
+    answers = [out.transpose(1, 2), *([lse] if return_log_normalizer else [])]
+    if return_total_attention:
+        answers.append(total_attention(q, k, lse, recipe, options, Rows()))
+    return answers[0] if len(answers) == 1 else tuple(answers)
+
+
+def piecewise_attention(
+    q1: Tensor,
+    k1: Tensor,
+    q2: Tensor,
+    k2: Tensor,
+    v: Tensor,
+    dist_threshold: int,
+    causal: bool = False,
+    sm_scale: float | None = None,
+    *,
+    process_group: Group = None,
+) -> Tensor:
+    """`wrap_piecewise_attn_func` on ``[B, H, S, D]``: scores ``q2.k2`` at a distance of `dist_threshold` or more, else ``q1.k1``.
+
+    Example:
+        >>> q1, k1, q2, k2, v = (torch.randn(1, 4, 16, 8) for _ in range(5))
+        >>> piecewise_attention(q1, k1, q2, k2, v, 4, causal=True).shape
+        torch.Size([1, 4, 16, 8])
+    """
+    q1, k1, q2, k2, v = (x.transpose(1, 2) for x in (q1, k1, q2, k2, v))
+    out = wrap_piecewise_attn_func(q1, k1, q2, k2, v, dist_threshold, causal, sm_scale, process_group=process_group)
+    assert isinstance(out, torch.Tensor)
+    return out.transpose(1, 2)
