@@ -531,8 +531,11 @@ def wrap_piecewise_attn_func(
         >>> wrap_piecewise_attn_func(q1, k1, q2, k2, v, 4, causal=True).shape
         torch.Size([1, 16, 4, 8])
     """
-    scale = q1.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     q, k = torch.cat([q1, q2], -1), torch.cat([k1, k2], -1)
-    shared = (*(scale, dropout_p, window_size, deterministic, return_attn_probs, transport, kernel, seq_len), softcap, dropout_seed)
+    shared = (
+        *(softmax_scale, dropout_p, window_size, deterministic, return_attn_probs, transport, kernel, seq_len),
+        softcap,
+        dropout_seed,
+    )
     tensors = (q, k, v, cu_seqlens, alibi_slopes, learnable_sink)
     return _run("wrap_ring_attn_func", tensors, process_group, shared, causal=causal, layout=layout, far=dist_threshold)

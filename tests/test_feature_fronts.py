@@ -310,9 +310,9 @@ def test_refused() -> None:
     for threshold in (-1, -5):
         with pytest.raises(ValueError, match=f"dist_threshold={threshold}"):
             nr.piecewise_attention(q, q, q, q, q, threshold)
-    with pytest.raises(ValueError, match="q and k must have one head dim"):
+    with pytest.raises(ValueError, match="one head dim"):
         nr.piecewise_attention(q, q, q, q[..., :3], q, 2)
     with pytest.raises(ValueError, match="multiple of the 3 key heads"):
         nr.flash_attention(q, q.repeat(1, 3, 1, 1)[:, :3], q.repeat(1, 3, 1, 1)[:, :3])
-    with pytest.raises(ValueError, match="dropout_p=1.5"):
+    with pytest.raises(ValueError, match="dropout_p=1"):
         nr.flash_attention(q, q, q, dropout_p=1.5)

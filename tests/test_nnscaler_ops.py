@@ -302,8 +302,12 @@ def error_of(model: type[Dense], policy: Any, directory: Path, name: str) -> flo
     reference = model()
     expected = reference(**inputs)
     expected.backward()
-    grads = {getattr(cut, "fullmap")[name].orig_name: x.grad for name, x in cut.named_parameters()}  # noqa: B009
-    pairs = [(loss, expected), *((grads[name], x.grad) for name, x in reference.named_parameters())]
+    full, whole = getattr(cut, "fullmap"), dict(reference.named_parameters())  # noqa: B009
+    pairs = [(loss.detach(), expected.detach())]
+    for name, x in cut.named_parameters():  # of a parameter that is cut with an op this rank has a part
+        grad = whole[full[name].orig_name].grad
+        assert x.grad is not None and grad is not None
+        pairs.append((x.grad, grad[full[name].slicers]))
     return max(float((have - want).abs().max() / want.abs().max().clamp_min(1e-3)) for have, want in pairs)
 
 

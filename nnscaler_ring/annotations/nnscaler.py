@@ -53,7 +53,7 @@ def stand_in(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Ten
     """out and lse of the right shapes and dtypes, for `tracing`."""
     lse_shape = [q.shape[spec.inputs["q"].index(name)] for name in spec.lse]
     lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
-    (out,) = untouched(q.new_empty((*q.shape[:-1], v.shape[-1])), of=(q, k, v))
+    out, lse = untouched(q.new_empty((*q.shape[:-1], v.shape[-1])), lse, of=(q, k, v))
     return out, lse
 
 
