@@ -29,11 +29,13 @@ def table(repeats: int) -> str:
     masks[f"{DOCUMENTS:,} documents"] = mask.build(TOKENS, causal=True, cu_seqlens_q=cu)
     rows = []
     for about, seen in masks.items():
-        for name in ("contiguous", "zigzag", "stripe", "zigzag-per-document"):
-            if name == "zigzag-per-document" and "documents" not in about:
+        for name in ("contiguous", "zigzag", "balanced", "stripe", "zigzag-per-document"):
+            if name in ("balanced", "zigzag-per-document") and "documents" not in about:
                 continue
+            solving = median(_seconds(lambda: layouts.build(name, TOKENS, RANKS, cu), repeats))  # noqa: B023
             held = layouts.build(name, TOKENS, RANKS, cu)
-            for transport in ("ring", "all_gather", "halo"):
+            rows.append((about, name, "(the layout itself)", "-", "-", f"{solving * 1e3:.1f}"))
+            for transport in ("ring", "grouped_ring", "all_gather", "halo", "auto"):
                 done = planner.plan(seen, held, held, transport, RANKS // 2)
                 spent = median(_cold(lambda: planner.plan(seen, held, held, transport, RANKS // 2), repeats))  # noqa: B023
                 rows.append((about, name, transport, done.num_calls, f"{done.rows_sent:,}", f"{spent * 1e3:.1f}"))
@@ -42,11 +44,23 @@ def table(repeats: int) -> str:
     return f"## Planning time\n\n{about}\n\n{markdown(header, rows)}"
 
 
+CACHES = (planner.plan, planner.choose, planner._chains, planner.rows_needed, planner.rows_given)
+
+
 def _cold(run: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds with nothing cached."""
+
+    def cold() -> None:
+        for cached in CACHES:
+            cached.cache_clear()
+        run()
+
+    return _seconds(cold, repeats)
+
+
+def _seconds(run: Callable[[], object], repeats: int) -> list[float]:
     spent = []
     for _ in range(repeats):
-        for cached in (planner.plan, planner.choose, planner._chains):
-            cached.cache_clear()
         start = time.perf_counter()
         run()
         spent.append(time.perf_counter() - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -120,3 +121,21 @@ def test_processes_give_the_same_bits(ranks: Any, world: int, request: pytest.Fi
             for name, whole, own in zip(oracle.Answer._fields, local, by_rank[rank][n], strict=True):
                 want = whole[:, :, rows] if name == "lse" else whole[:, rows]
                 assert torch.equal(own, want), f"{name} of rank {rank}: {layout}, {way}, {named}"
+
+
+def first_meeting(rank: int, world_size: int) -> list[list[int]]:
+    """How many elements each all_reduce has that precedes messages on a device that is not the CPU."""
+    device = torch.device("meta")
+    transport = ProcessTransport(dist.group.WORLD)  # type: ignore[arg-type]
+    seen = []
+    with mock.patch.object(dist, "all_reduce", lambda x, group: seen.append([x.numel(), group.size()])):
+        empty, full = Exchange([], []), Exchange([(1 - rank, torch.zeros(3, device=device))], [])
+        for exchange in (full, full, empty):
+            transport._meet(exchange)
+        transport._meet(Exchange([(1 - rank, torch.zeros(3))], []))
+    return seen
+
+
+def test_a_collective_of_the_whole_group_precedes_the_first_message_off_the_cpu(ranks) -> None:
+    """oneCCL and NCCL hang where the first messages of a group are of some ranks only."""
+    assert ranks(2).run(first_meeting) == [[[1, 2]], [[1, 2]]]
