@@ -169,9 +169,11 @@ class ContextParallel:
             raise ValueError("a Mask says everything: leave out cu_seqlens, window_size, sinks and prefix")
         if not isinstance(mask, Mask) and mask not in ("causal", "full"):
             raise ValueError(f"mask={mask!r}: give 'causal', 'full' or a Mask")
+        settled = Options(softmax_scale=softmax_scale, causal=mask == "causal", **options)
+        if torch.compiler.is_compiling():
+            return attend(q, k, v, self._recipe, settled, rows)
         total = self._total(q.shape[1], cu_seqlens, rows.seq_len)
         self._layout(total, cu_seqlens)
-        settled = Options(softmax_scale=softmax_scale, causal=mask == "causal", **options)
         rows = replace(rows, seq_len=total)
         return attend(q, k, v, self._settled(q, k, v, settled, rows), settled, rows)
 

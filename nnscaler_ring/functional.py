@@ -25,6 +25,7 @@ from .core.transport import resolve_group, transport_of
 from .fronts import fixed, packed
 
 
+@torch.compiler.assume_constant_result
 def _world_size(group: dist.ProcessGroup | None) -> int:
     return transport_of(group_name(group)).world_size
 
@@ -143,8 +144,11 @@ def ring_flash_attn_varlen_func(
         dropout_seed=dropout_seed,
     )
     check_qkv(q, k, v)
-    documents = check_documents(cu_seqlens, max_seqlen, q.shape[0]) * _world_size(group)
-    return attend(q, k, v, recipe, options, Rows(cu_seqlens_q=torch.from_numpy(documents)))
+    if torch.compiler.is_compiling():  # contents are not checked where a graph is traced
+        documents = cu_seqlens * _world_size(group)
+    else:
+        documents = torch.from_numpy(check_documents(cu_seqlens, max_seqlen, q.shape[0]) * _world_size(group))
+    return attend(q, k, v, recipe, options, Rows(cu_seqlens_q=documents))
 
 
 def llama3_flash_attn_prepare_cu_seqlens(

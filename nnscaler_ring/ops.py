@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from .annotations import dtensor, nnscaler
 from .annotations.spec import SPECS, OpSpec
-from .core.call import Group, Options, Result, Rows, attend, check, check_qkv, grid_name, group_name
+from .core.call import Group, Options, Result, Rows, attend, check, check_qkv, grid_name, group_name, whole_lengths
 from .core.mask import check_window
 from .core.plan import check_transport
 from .core.recipe import Recipe
@@ -59,11 +59,27 @@ class Settings:
         given = json.loads(text)
         return Settings(**{**given, "window_size": tuple(given.get("window_size", (-1, -1)))})
 
-    @property
-    def options(self) -> Options:
-        """The part that the engine's edge checks."""
-        names = {f.name for f in fields(Options)} & {f.name for f in fields(self)}
-        return Options(**{name: getattr(self, name) for name in names})
+
+_NAMES = tuple(f.name for f in fields(Settings))
+_OPTIONS = tuple(f.name for f in fields(Options) if f.name in _NAMES)
+
+
+def options_of(settings: Settings, **more: Any) -> Options:
+    """The part of settings that the engine's edge checks, with the log-sum-exp asked for."""
+    given = {name: getattr(settings, name) for name in _OPTIONS}
+    return Options(**{**given, "return_attn_probs": True, **more})
+
+
+@torch.compiler.assume_constant_result
+def _parsed(text: str) -> Settings:
+    """`Settings.parse`, once while a graph is traced."""
+    return Settings.parse(text)
+
+
+@torch.compiler.assume_constant_result
+def _settings(*pairs: tuple[str, Any]) -> str:
+    """Settings of names and plain values as a string, made while a graph is traced."""
+    return str(Settings(**dict(pairs)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +141,10 @@ class _Call:
         recipe = Recipe(group=group, layout=inner, transport=transport, kernel=given.kernel, batch0=batch0, head0=head0)
         q_len, k_len = lengths
         rows = Rows(seq_len=q_len, seq_len_k=k_len, cu_seqlens_q=self.cu_seqlens_q, cu_seqlens_k=self.cu_seqlens_k)
-        options = replace(given.options, return_attn_probs=True, **self.extras)
-        _, (total, total_k), _ = check(q, k, v, recipe, options, rows)
+        options = options_of(given, **self.extras)
+        if not torch.compiler.is_compiling():
+            check(q, k, v, recipe, options, rows)
+        total, total_k = whole_lengths(q, k, group, rows)
         if inner != given.layout:
             batches = [([q, k, v], total)] if total == total_k else [([q], total), ([k, v], total_k)]
             q, k, v = (x for xs, length in batches for x in relayout(xs, None, length, given.layout, inner, group))
@@ -171,7 +189,7 @@ def dense_attention(
         out, or out and lse with ``return_attn_probs``.
     """
     extras = {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
-    call = _Call(spec=SPECS[op], settings=Settings.parse(settings), cu_seqlens_q=cu_seqlens, cu_seqlens_k=None, extras=extras)
+    call = _Call(spec=SPECS[op], settings=_parsed(settings), cu_seqlens_q=cu_seqlens, cu_seqlens_k=None, extras=extras)
     out, lse = call.run(q, k, v, process_group, ring_size)
     return (out, lse) if call.settings.return_attn_probs else out
 
@@ -192,7 +210,7 @@ def packed_attention(
 ) -> Outputs:
     """`dense_attention` for one packed row: q ``[T, Hq, D]``, k ``[T, Hk, D]``, v ``[T, Hk, Dv]``, both boundaries, and a bias."""
     extras = {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink, "bias": bias}
-    given = Settings.parse(settings)
+    given = _parsed(settings)
     call = _Call(spec=SPECS[op], settings=given, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, extras=extras)
     out, lse = call.run(q, k, v, process_group, ring_size)
     return (out, lse) if call.settings.return_attn_probs else out
@@ -214,10 +232,11 @@ def _run(op: str, tensors: Sequence[Tensor | None], process_group: Group, shared
         raise ValueError(f"{op}: causal=False, but zigzag shards balance a causal mask; pass causal=True or take a ring function")
     scale = None if given["softmax_scale"] is None else float(given["softmax_scale"])
     given = {**given, "softmax_scale": scale, "window_size": check_window(given["window_size"])}
-    settings = Settings(**{f.name: given[f.name] for f in fields(Settings) if f.name in given})
+    given |= {name: given[name] or 0.0 for name in ("dropout_p", "softcap")}  # under dynamic shapes a default is a symbol
+    settings = _settings(*((name, given[name]) for name in _NAMES if name in given))
     entry: Callable[..., Outputs] = packed_attention if "cu_seqlens_q" in SPECS[op].inputs else dense_attention
-    result = entry(*tensors, op=op, settings=str(settings), process_group=process_group)
-    if not settings.return_attn_probs:
+    result = entry(*tensors, op=op, settings=settings, process_group=process_group)
+    if not given["return_attn_probs"]:
         return cast(Tensor, result)
     return result[0], result[1], None
 

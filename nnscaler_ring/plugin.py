@@ -26,6 +26,7 @@ from .core.relayout import relayout
 from .ops import (
     Settings,
     dense_attention,
+    options_of,
     packed_attention,
     wrap_ring_attn_func,
     wrap_ring_attn_varlen_func,
@@ -266,7 +267,7 @@ def zigzag_attention(
     name = nnscaler.pretended(ring_size) if process_group is None else group_name(process_group)
     recipe = Recipe(group=name, layout=_PER_DOCUMENT, transport="all_gather")
     rows = Rows(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    options = replace(given.options, return_attn_probs=True, alibi_slopes=alibi_slopes)
+    options = options_of(given, alibi_slopes=alibi_slopes)
     result = attend(q, k, v, recipe, options, rows)
     return (result[0], result[1]) if given.return_attn_probs else result[0]
 

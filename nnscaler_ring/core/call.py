@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ class Options:
     def __post_init__(self) -> None:
         if not 0.0 <= self.dropout_p < 1.0:
             raise ValueError(f"dropout_p={self.dropout_p}: a probability in [0, 1) is allowed")
-        if not (self.softcap >= 0.0 and np.isfinite(self.softcap)):
+        if not 0.0 <= self.softcap < float("inf"):
             raise ValueError(f"softcap={self.softcap}: give a positive number, or 0 for none")
         if self.far is not None and self.far < 0:
             raise ValueError(f"dist_threshold={self.far}: give a number of tokens >= 0")
@@ -112,22 +113,74 @@ def attend(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, ro
         NotImplementedError: no kernel has what is asked for.
     """
     rows = rows or Rows()
-    recipe, total, tables = check(q, k, v, recipe, options, rows)
+    if torch.compiler.is_compiling():
+        text, total, tables = _in_graph(q, k, v, recipe, options, rows)
+    else:
+        recipe, total, tables = check(q, k, v, recipe, options, rows)
+        text = str(recipe)
     packed = q.dim() == 3
     if packed:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    scale = (q.shape[3] // recipe.parts) ** -0.5 if options.softmax_scale is None else float(options.softmax_scale)
+    scale = _scale(q, options)
     alibi = None if options.alibi_slopes is None else torch.atleast_2d(options.alibi_slopes).float()
-    seed = _seed(options)
-    out, lse, _ = engine.attention(q, k, v, *tables, alibi, options.bias, options.learnable_sink, *total, scale, seed, str(recipe))
+    extras = (alibi, options.bias, options.learnable_sink)
+    out, lse, _ = engine.attention(q, k, v, *tables, *extras, *total, scale, _seed(options), text)
     if packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse, None) if options.return_attn_probs else out
 
 
+def _scale(q: Tensor, options: Options) -> float:
+    features = q.shape[-1] if options.far is None else q.shape[-1] // 2
+    return features**-0.5 if options.softmax_scale is None else float(options.softmax_scale)
+
+
+def _in_graph(
+    q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, rows: Rows
+) -> tuple[str, tuple[int, int], tuple[Tensor | None, ...]]:
+    """What `check` returns, where ``torch.compile`` traces: of shapes, not of what tables contain; lengths may be symbols."""
+    check_qkv(q, k, v)
+    if rows.slices is not None:
+        raise NotImplementedError("a Mask of slices under torch.compile: pass a mask by its name")
+    total_q, total_k = whole_lengths(q, k, recipe.group, rows)
+    _check_extras(q, k, options, total_k)
+    own = (recipe.group, recipe.layout, recipe.transport, recipe.kernel, recipe.heads_stride, recipe.batch0, recipe.head0)
+    left, right = options.window_size
+    seen = (options.causal, left, right, options.sinks, options.prefix, options.deterministic)
+    text = _text(*own, recipe.reduce_dtype, *seen, float(options.softcap), float(options.dropout_p), options.far)
+    return text, (total_q, total_k), (rows.cu_seqlens_q, rows.cu_seqlens_k, None)
+
+
+def whole_lengths(q: Tensor, k: Tensor, group: str, rows: Rows) -> tuple[int, int]:
+    """Query and key tokens of the whole sequence: as `rows` says, or so many shards like this rank's."""
+    dim, shards = q.dim() - 3, _num_shards(group)
+    seq_len_k = rows.seq_len if rows.seq_len_k is None else rows.seq_len_k
+    total_q = shards * q.shape[dim] if rows.seq_len is None else rows.seq_len
+    return total_q, shards * k.shape[dim] if seq_len_k is None else seq_len_k
+
+
+@torch.compiler.assume_constant_result
+def _num_shards(group: str) -> int:
+    return 1 if is_local(group) else engine.transport_of(group).world_size
+
+
+@torch.compiler.assume_constant_result
+def _text(*values: Any) -> str:
+    """A recipe of these values as a string, made while a graph is traced."""
+    own = ("group", "layout", "transport", "kernel", "heads_stride", "batch0", "head0", "reduce_dtype")
+    seen = ("causal", "left", "right", "sinks", "prefix", "deterministic", "softcap", "dropout", "far")
+    named = dict(zip((*own, *seen), values, strict=True))
+    window = check_window((named.pop("left"), named.pop("right")))
+    recipe = Recipe(**named, window=window)
+    check_names(recipe)
+    return str(recipe)
+
+
 def _seed(options: Options) -> int:
     if not options.dropout_p:
         return 0
+    if options.dropout_seed is None and torch.compiler.is_compiling():
+        raise NotImplementedError("dropout without a seed under torch.compile: pass dropout_seed")
     return int(torch.randint(1 << 62, ()).item()) if options.dropout_seed is None else options.dropout_seed
 
 
@@ -152,7 +205,7 @@ def total_attention(q: Tensor, k: Tensor, lse: Tensor, recipe: Recipe, options: 
     ones, nothing = q.new_ones(*q.shape[:3], 1), k.new_zeros(*k.shape[:3], 1)
     options = replace(options, dropout_p=0.0)
     recipe, total, tables = check(q, k, nothing, replace(recipe, transport=transport), options, rows)
-    scale = (q.shape[3] // recipe.parts) ** -0.5 if options.softmax_scale is None else float(options.softmax_scale)
+    scale = _scale(q, options)
     alibi = None if options.alibi_slopes is None else torch.atleast_2d(options.alibi_slopes).float()
     extras = (*tables, alibi, options.bias, None)  # a sink is in the log-sum-exp
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -173,7 +226,6 @@ def check(
     """
     check_qkv(q, k, v)
     check_names(recipe)
-    dim = q.dim() - 3
     recipe = replace(
         recipe,
         causal=options.causal,
@@ -185,10 +237,7 @@ def check(
         dropout=float(options.dropout_p),
         far=options.far,
     )
-    shards = 1 if is_local(recipe.group) else engine.transport_of(recipe.group).world_size
-    given = rows.seq_len, rows.seq_len if rows.seq_len_k is None else rows.seq_len_k
-    total_q, total_k = (shards * x.shape[dim] if n is None else n for n, x in zip(given, (q, k), strict=True))
-    total = total_q, total_k
+    total = whole_lengths(q, k, recipe.group, rows)
     cu_q, cu_k = host_table("cu_seqlens_q", rows.cu_seqlens_q), host_table("cu_seqlens_k", rows.cu_seqlens_k)
     slices = None if rows.slices is None else _slices(rows.slices, *total)
     mask_of(recipe, *total, content(cu_q), content(cu_k), content(slices))
@@ -204,7 +253,7 @@ def _check_extras(q: Tensor, k: Tensor, options: Options, total_k: int) -> None:
     allowed: dict[str, list[tuple[int, ...]]] = {
         "alibi_slopes": [(heads,), (batch, heads), (1, heads)],
         "learnable_sink": [(heads,)],
-        "bias": [(heads, rows, total_k), (1, rows, total_k)],
+        "bias": [(heads, rows, total_k), (1, rows, total_k)] if total_k else [],
     }
     for name, shapes in allowed.items():
         x = getattr(options, name)
@@ -281,6 +330,7 @@ def check_documents(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> np.ndar
     return cu
 
 
+@torch.compiler.assume_constant_result
 def group_name(group: Group) -> str:
     """The name by which the op finds a group; ``local:1`` where this process is alone.
 

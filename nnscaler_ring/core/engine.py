@@ -533,7 +533,7 @@ def _of_sink(sink: Tensor, d_lse: Tensor | None, d_out: Tensor, out: Tensor, lse
 # -- the ops -------------------------------------------------------------------------------------------------------------------
 
 _TABLES = "Tensor? cu_q, Tensor? cu_k, Tensor? slices, Tensor? alibi, Tensor? bias, Tensor? sink"
-_ATTENTION = f"{_TABLES}, int total_q, int total_k, float scale, int seed, str recipe"
+_ATTENTION = f"{_TABLES}, SymInt total_q, SymInt total_k, float scale, int seed, str recipe"
 
 
 @torch.library.custom_op(
@@ -725,14 +725,15 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, _: Any)
     none: list[Tensor | None] = [None] * 14
     if d_out is None and d_lse is None:
         return tuple(none)
-    q, k, v, out, lse, *tables, alibi, bias, sink = ctx.saved_tensors[:11]
+    saved = ctx.saved_tensors  # once: under activation checkpointing this computes them anew
+    q, k, v, out, lse, *tables, alibi, bias, sink = saved[:11]
     if d_out is None:
         assert d_lse is not None
         rows = d_lse.shape[2]
         d_out = q.new_zeros(q.shape[0], rows, q.shape[2], v.shape[3])
     wants_bias = bias is not None and ctx.needs_input_grad[7]
-    saved = (d_out, d_lse, q, k, v, out, lse, list(ctx.saved_tensors[11:]))
-    dq, dk, dv, *rest = attention_backward(*saved, *tables, alibi, bias, sink, *ctx.rest, wants_bias)
+    read = (d_out, d_lse, q, k, v, out, lse, list(saved[11:]))
+    dq, dk, dv, *rest = attention_backward(*read, *tables, alibi, bias, sink, *ctx.rest, wants_bias)
     none[:3] = dq, dk, dv
     none[7] = rest.pop(0) if wants_bias else None
     none[8] = rest.pop(0) if sink is not None else None

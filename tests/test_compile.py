@@ -1,0 +1,144 @@
+"""``torch.compile(fullgraph=True)`` around the ops: no graph break, forward and backward, dynamic lengths; one process and a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import nnscaler_ring as nr
+from nnscaler_ring.core import engine
+from tests.worlds import held, naming, no_faults, told
+
+HEADS, HEADS_K, DIM = 4, 2, 8
+Call = Callable[[Tensor, Tensor, Tensor], Any]
+
+
+def given(seq: int, packed: bool = False, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lead = (seq,) if packed else (2, seq)
+    sizes = [(*lead, HEADS, DIM), (*lead, HEADS_K, DIM), (*lead, HEADS_K, DIM)]
+    return [torch.randn(*size, dtype=torch.float64, generator=generator).requires_grad_() for size in sizes]
+
+
+def model(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Something before the op and something after it."""
+    answer = call(q * 1.1, k.sin(), v + 0.5)
+    out = answer[0] + answer[1].transpose(-1, -2).unsqueeze(-1).cos() if isinstance(answer, tuple) else answer
+    return out.tanh().square().sum()
+
+
+def both(call: Call, tensors: list[Tensor]) -> list[str]:
+    """What differs between the compiled model and the plain one, value and gradients."""
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(model, call), fullgraph=True, backend="aot_eager")
+    pairs = []
+    for run in (compiled, partial(model, call)):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        loss = run(*leaves)
+        pairs.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    return [f"result {n}" for n, (a, b) in enumerate(zip(*pairs, strict=True)) if not torch.allclose(a, b, rtol=1e-11, atol=1e-12)]
+
+
+def calls(group: Any, world_size: int, seq: int) -> dict[str, tuple[Call, bool]]:
+    """Calls by name, and whether their tensors are packed."""
+    cu = torch.tensor([0, seq // 3, world_size * seq], dtype=torch.int32)
+    documents = torch.tensor([0, seq // 2, seq], dtype=torch.int32)
+    of_op = {} if group is None else {"process_group": group}
+    found: dict[str, tuple[Call, bool]] = {
+        "ring": (lambda q, k, v: nr.wrap_ring_attn_func(q, k, v, **of_op), False),
+        "zigzag lse": (lambda q, k, v: nr.wrap_zigzag_attn_func(q, k, v, return_attn_probs=True, **of_op)[:2], False),
+        "stripe": (lambda q, k, v: nr.wrap_stripe_attn_func(q, k, v, softcap=2.0, **of_op), False),
+        "ulysses": (lambda q, k, v: nr.wrap_ulysses_attn_func(q, k, v, **of_op), False),
+        "window": (lambda q, k, v: nr.wrap_sliding_window_attn_func(q, k, v, 3, **of_op), False),
+        "varlen": (lambda q, k, v: nr.wrap_ring_attn_varlen_func(q, k, v, cu, cu, causal=True, **of_op), True),
+        "piecewise": (lambda q, k, v: nr.wrap_piecewise_attn_func(q, k, -q, -k, v, 5, True, **of_op), False),
+        "ring_flash": (lambda q, k, v: nr.ring_flash_attn_func(q, k, v, causal=True, group=group), False),
+        "zigzag_varlen": (
+            lambda q, k, v: nr.zigzag_ring_flash_attn_varlen_func(q, k, v, documents, seq, causal=True, group=group),
+            True,
+        ),
+    }
+    for transport in ("auto", "ring", "all_gather", "all_to_all"):
+        cp = nr.ContextParallel(group, layout="zigzag", transport=transport)
+        found[f"context {transport}"] = (lambda q, k, v, cp=cp: cp.attention(q, k, v, mask="causal"), False)
+    return found
+
+
+@pytest.mark.parametrize("name", calls(None, 1, 24))
+def test_one_process(name: str) -> None:
+    call, packed = calls(None, 1, 24)[name]
+    assert not both(call, given(24, packed))
+
+
+@pytest.mark.parametrize("name", ["ring", "zigzag lse", "context ring", "context all_to_all"])
+def test_lengths_are_dynamic(name: str) -> None:
+    """One graph for several lengths."""
+    call, _ = calls(None, 1, 24)[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(partial(model, call), fullgraph=True, backend=counter)
+    for seq in (24, 40, 56):
+        tensors = given(seq)
+        for x in tensors:
+            torch._dynamo.mark_dynamic(x, 1)
+        assert torch.allclose(compiled(*tensors), model(call, *tensors), rtol=1e-11)
+    assert counter.frame_count == 1
+
+
+def on_a_group(rank: int, world_size: int) -> list[str]:
+    faults, seq = [], 24
+    for name, (call, packed) in calls(dist.group.WORLD, world_size, seq).items():
+        mine = held("contiguous", seq * world_size, world_size, rank)
+        tensors = [x.index_select(0 if packed else 1, mine) for x in given(seq * world_size, packed)]
+        with naming(name):
+            faults += told(name, both(call, tensors))
+    return faults
+
+
+def test_on_a_group(ranks) -> None:
+    no_faults(ranks(2).run(on_a_group))
+
+
+def test_selective_checkpointing_saves_the_op() -> None:
+    """Its result is kept, so that the backward pass does not compute the attention again."""
+    ran = []
+    forward = engine._forward
+
+    def counted(*args: Any) -> Any:
+        ran.append(1)
+        return forward(*args)
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saved = op is torch.ops.nnscaler_ring.attention.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    tensors, call = given(24), partial(model, nr.wrap_zigzag_attn_func)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_forward", counted)
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        kept = torch.autograd.grad(checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts), tensors)
+        assert len(ran) == 1
+        again = torch.autograd.grad(checkpoint(call, *tensors, use_reentrant=False), tensors)
+        assert len(ran) == 3
+    for a, b, c in zip(kept, again, torch.autograd.grad(call(*tensors), tensors), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_what_cannot_be_compiled_says_so() -> None:
+    q, k, v = given(8)
+    mask = nr.Mask([(0, 8, 0, 8)], 8)
+    for call, words in (
+        (lambda q, k, v: nr.ContextParallel().attention(q, k, v, mask), "Mask"),
+        (lambda q, k, v: nr.wrap_ring_attn_func(q, k, v, dropout_p=0.5), "dropout_seed"),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=words):
+            torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
