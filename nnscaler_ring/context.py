@@ -66,12 +66,13 @@ class ContextParallel:
         reduce_dtype: torch.dtype | None = None,
     ) -> None:
         name = _mesh_name(group_or_mesh) if isinstance(group_or_mesh, DeviceMesh) else group_name(group_or_mesh)
-        if reduce_dtype is not None and not reduce_dtype.is_floating_point:
-            raise ValueError(f"reduce_dtype={reduce_dtype}: give a floating dtype, or None for fp32")
+        if reduce_dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"reduce_dtype={reduce_dtype}: give a floating dtype of 2 bytes or more, or None for fp32")
         reduced = "" if reduce_dtype is None else str(reduce_dtype).removeprefix("torch.")
         self._recipe = Recipe(group=name, layout=name_of(layout), transport=transport, kernel=kernel, reduce_dtype=reduced)
         check_names(self._recipe)
         self._transport = transport_of(self._recipe.group)
+        self._uneven = False  # the last shards given out were of different lengths
         self.rank: int = self._transport.ranks[0]
         self.world_size: int = self._transport.world_size
 
@@ -105,7 +106,9 @@ class ContextParallel:
 
     def shard(self, x: Tensor, dim: int, cu_seqlens: Tensor | None = None) -> Tensor:
         """This rank's tokens of `x`, which every rank has whole: ``[..., S, ...] -> [..., L, ...]``; differentiable."""
-        positions = self._layout(x.shape[dim], cu_seqlens).positions(self.rank)
+        held = self._layout(x.shape[dim], cu_seqlens)
+        self._uneven = bool((held.counts != held.counts[0]).any())
+        positions = held.positions(self.rank)
         return x.index_select(dim, torch.from_numpy(positions).to(x.device))
 
     def unshard(self, x: Tensor, dim: int, cu_seqlens: Tensor | None = None, seq_len: int | None = None) -> Tensor:
@@ -133,7 +136,11 @@ class ContextParallel:
         if seq_len is not None:
             return seq_len
         cu = host_table("cu_seqlens", cu_seqlens)
-        return tokens * self.world_size if cu is None else int(cu[-1])
+        if cu is not None:
+            return int(cu[-1])
+        if self._uneven:  # the same on every rank, where the lengths are not
+            raise ValueError("shards of different lengths have been given out: pass seq_len, the tokens of the whole sequence")
+        return tokens * self.world_size
 
     def attention(
         self,
@@ -155,7 +162,8 @@ class ContextParallel:
             cu_seqlens: int32 boundaries of packed documents ``[0, ..., S]``, the same in every batch row.
             options: ``window_size=(left, right)``; ``sinks``, the first tokens of each document seen from beyond the window;
                 ``prefix``, the first tokens of each document seen by earlier ones; ``seq_len``, `S` where ranks hold different
-                numbers of tokens; ``deterministic``; ``return_attn_probs``.
+                numbers of tokens; ``deterministic``; ``return_attn_probs``; and ``softcap``, ``alibi_slopes``, ``learnable_sink``,
+                ``bias``, ``dropout_p``, ``dropout_seed``, see `core.call.Options`.
 
         Returns:
             out ``[B, L, Hq, Dv]``, or ``(out, softmax_lse, None)``.
@@ -170,21 +178,24 @@ class ContextParallel:
         if not isinstance(mask, Mask) and mask not in ("causal", "full"):
             raise ValueError(f"mask={mask!r}: give 'causal', 'full' or a Mask")
         settled = Options(softmax_scale=softmax_scale, causal=mask == "causal", **options)
+        if cu_seqlens is None and needs_documents(self._recipe.layout):
+            raise ValueError(f"layout {self._recipe.layout!r} cuts each document: pass cu_seqlens")
         if torch.compiler.is_compiling():
             return attend(q, k, v, self._recipe, settled, rows)
-        total = self._total(q.shape[1], cu_seqlens, rows.seq_len)
+        total = self._total(q.shape[q.dim() - 3], cu_seqlens, rows.seq_len)
         self._layout(total, cu_seqlens)
         rows = replace(rows, seq_len=total)
         return attend(q, k, v, self._settled(q, k, v, settled, rows), settled, rows)
 
     def _settled(self, q: Tensor, k: Tensor, v: Tensor, options: Options, rows: Rows) -> Recipe:
         """The recipe, with the transport that suits the mask and the heads where it is left open."""
-        if self._recipe.transport != "auto" or self.world_size == 1 or self._transport.inner > 1:
-            return self._recipe
+        if self._recipe.transport != "auto" or self.world_size == 1 or self._transport.inner > 1 or options.bias is not None:
+            return self._recipe  # a bias would travel with the heads
         recipe, (total, _), (cu_q, _, slices) = check(q, k, v, self._recipe, options, rows)
         cu = content(cu_q)
         mask = mask_of(recipe, total, total, cu, None, content(slices))
-        gradient = torch.promote_types(q.dtype, torch.float32).itemsize
+        reduced = getattr(torch, self._recipe.reduce_dtype or "float32")
+        gradient = torch.promote_types(q.dtype, reduced).itemsize if not self._recipe.reduce_dtype else reduced.itemsize
         sizes = {"heads": q.shape[-2], "heads_k": k.shape[-2], "dim": q.shape[-1], "dim_v": v.shape[-1]}
         shape = Shape(**sizes, batch=q.shape[0] if q.dim() == 4 else 1, element=q.dtype.itemsize, gradient=gradient)
         held = layout_of(recipe.layout, total, self.world_size, cu)

@@ -23,7 +23,7 @@ def flash_attention(
     return_total_attention: bool = False,
     *,
     dropout_p: float = 0.0,
-    group: Group = None,
+    process_group: Group = None,
     layout: str = "contiguous",
     transport: str = "auto",
     kernel: str = "auto",
@@ -37,7 +37,7 @@ def flash_attention(
         return_log_normalizer: return the log-sum-exp of the scores too, natural log; differentiable.
         return_total_attention: return for each key the attention weights summed over all queries, before dropout; no gradient.
         dropout_p, layout, transport, kernel: see `wrap_ring_attn_func`.
-        group: the ranks that each pass a shard; None: the default group, this process alone where there is none.
+        process_group: the ranks that each pass a shard; None: this process alone.
 
     Returns:
         out ``[B, H, Sq, Dv]`` [, log_normalizer ``[B, H, Sq]``] [, total_attention ``[B, H, Sk]``]; the latter two fp32 (float64
@@ -52,7 +52,8 @@ def flash_attention(
         >>> out.shape, round(total.sum().item())
         (torch.Size([1, 4, 16, 8]), 64)
     """
-    recipe = Recipe(group=group_name(group), layout=layout, transport=transport, kernel=kernel)
+    name = "local:1" if process_group is None else group_name(process_group)
+    recipe = Recipe(group=name, layout=layout, transport=transport, kernel=kernel)
     options = Options(softmax_scale=sm_scale, dropout_p=dropout_p, causal=causal, return_attn_probs=True)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     result = attend(q, k, v, recipe, options, Rows())

@@ -56,7 +56,7 @@ def ring_flash_attn_func(
     Args:
         q: ``[B, L, Hq, D]``; k ``[B, L, Hk, D]``; v ``[B, L, Hk, Dv]``.
         layout: where the shards lie, a name in `core.layouts.LAYOUTS`.
-        transport: ``ring``, ``all_gather``, ``halo`` or ``auto``.
+        transport: ``ring``, ``grouped_ring``, ``all_gather``, ``halo``, ``all_to_all``, or ``auto`` (ring or halo).
         kernel: ``auto``, or the name of a backend.
         seq_len: tokens of the whole sequence where ranks hold different numbers; ``P * L`` where None.
         softcap, learnable_sink, dropout_seed: see `core.call.Options`.

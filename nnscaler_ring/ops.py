@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -119,12 +120,16 @@ class _Call:
         def on_shards(here: dtensor.Here) -> tuple[Tensor, Tensor]:
             return replace(call, extras=here.extras, first=here.first)._on_group(here.qkv, grid_name(here.rings), here.lengths)
 
+        if self.settings.dropout_p and self.settings.dropout_seed is None:
+            raise ValueError(
+                f"{self.spec.name}: dropout on DTensors needs dropout_seed, the same on every rank that has the same rows"
+            )
         return dtensor.run(self.spec, q, k, v, self.extras, on_shards)
 
     def _transport(self, group: str) -> str:
         """How rows travel; in a grid heads travel within the teams, and rows between them as the call says."""
         asked, own = check_transport(self.settings.transport), self.spec.transport
-        if own == "auto" or is_grid(group):
+        if own == "auto" or is_grid(group) or group == "local:1":
             return asked
         if asked not in ("auto", own):
             raise ValueError(
@@ -433,7 +438,7 @@ def wrap_sliding_window_attn_func(
         >>> wrap_sliding_window_attn_func(q, k, v, 4).shape
         torch.Size([1, 16, 4, 8])
     """
-    window = (window_size, 0 if causal else window_size) if isinstance(window_size, int) else window_size
+    window = (window_size, 0 if causal else window_size) if isinstance(window_size, Integral) else window_size
     shared = (
         *(softmax_scale, dropout_p, window, deterministic, return_attn_probs, transport, kernel, seq_len),
         softcap,

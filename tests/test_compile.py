@@ -1,4 +1,4 @@
-"""``torch.compile(fullgraph=True)`` around the ops: no graph break, forward and backward, dynamic lengths; one process and a group."""
+"""``torch.compile(fullgraph=True)`` around the ops: no graph break, forward and backward, dynamic lengths; one process, a group."""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ def sharded(rank: int, world_size: int) -> list[str]:
         q, k, _, _, v = whole
         scores = (q @ k.repeat_interleave(2, 1).mT * DIM**-0.5).masked_fill(torch.ones(S, S).triu(1).bool(), -torch.inf)
         shards = [t.detach().index_select(2, rows) for t in (q, k, v)]
-        _, lse, total = nr.flash_attention(*shards, True, None, True, True, group=dist.group.WORLD, transport=transport)
+        _, lse, total = nr.flash_attention(*shards, True, None, True, True, process_group=dist.group.WORLD, transport=transport)
         named = [
             {"lse": lse, "total": total},
             {"lse": scores.logsumexp(-1).index_select(2, rows), "total": scores.softmax(-1).sum(2).index_select(2, rows)},

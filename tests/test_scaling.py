@@ -74,7 +74,7 @@ def test_bytes_of_exchanges_for_heads() -> None:
     made = report(mask, held, "all_to_all", shape, SLOW, NETWORKS["nvlink"])
     into, out = 64 * 3 * (2 * 4 + 1 * 10) * 2, 16 * 3 * 4 * 2 * (6 * 2 + 4)
     assert (made.sent, made.needed, made.balance, made.calls, made.merges) == (into + out, None, 1.0, 1, 0)
-    back_in, back_out = 64 * 3 * 2 * 6 * 2, 16 * 3 * 4 * (2 * 4 * 2 + 1 * 10 * 4)
+    back_in, back_out = 64 * 3 * 2 * (6 * 2 + 4), 16 * 3 * 4 * (2 * 4 * 2 + 1 * 10 * 4)
     assert made.sent_backward == back_in + back_out
     uneven = report(mask, held, "all_to_all", Shape(heads=6, heads_k=6, dim=4, dim_v=6), SLOW, NETWORKS["nvlink"])
     assert uneven.balance == pytest.approx(2 * 4 / 6)

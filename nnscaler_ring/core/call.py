@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,9 @@ class Options:
             raise ValueError(f"dropout_p={self.dropout_p}: a probability in [0, 1) is allowed")
         if not 0.0 <= self.softcap < float("inf"):
             raise ValueError(f"softcap={self.softcap}: give a positive number, or 0 for none")
+        seed = self.dropout_seed
+        if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 1 << 63):
+            raise ValueError(f"dropout_seed={seed}: give an integer in [0, 2**63)")
         if self.far is not None and self.far < 0:
             raise ValueError(f"dist_threshold={self.far}: give a number of tokens >= 0")
         if self.alibi_slopes is not None and self.alibi_slopes.requires_grad:
@@ -119,15 +123,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, ro
         recipe, total, tables = check(q, k, v, recipe, options, rows)
         text = str(recipe)
     packed = q.dim() == 3
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as kernels take them
     if packed:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     scale = _scale(q, options)
-    alibi = None if options.alibi_slopes is None else torch.atleast_2d(options.alibi_slopes).float()
+    alibi = _slopes(q, options)
     extras = (alibi, options.bias, options.learnable_sink)
     out, lse, _ = engine.attention(q, k, v, *tables, *extras, *total, scale, _seed(options), text)
     if packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse, None) if options.return_attn_probs else out
+
+
+def _slopes(q: Tensor, options: Options) -> Tensor | None:
+    exact = torch.promote_types(q.dtype, torch.float32)
+    return None if options.alibi_slopes is None else torch.atleast_2d(options.alibi_slopes).to(exact)
 
 
 def _scale(q: Tensor, options: Options) -> float:
@@ -206,8 +216,7 @@ def total_attention(q: Tensor, k: Tensor, lse: Tensor, recipe: Recipe, options: 
     options = replace(options, dropout_p=0.0)
     recipe, total, tables = check(q, k, nothing, replace(recipe, transport=transport), options, rows)
     scale = _scale(q, options)
-    alibi = None if options.alibi_slopes is None else torch.atleast_2d(options.alibi_slopes).float()
-    extras = (*tables, alibi, options.bias, None)  # a sink is in the log-sum-exp
+    extras = (*tables, _slopes(q, options), options.bias, None)  # a sink is in the log-sum-exp
     wide = torch.promote_types(q.dtype, torch.float32)
     _, _, totals = engine.attention_backward(
         *(ones.to(wide), None, q.to(wide), k.to(wide), nothing.to(wide), torch.zeros_like(ones, dtype=wide), lse, []),
@@ -239,7 +248,7 @@ def check(
     )
     total = whole_lengths(q, k, recipe.group, rows)
     cu_q, cu_k = host_table("cu_seqlens_q", rows.cu_seqlens_q), host_table("cu_seqlens_k", rows.cu_seqlens_k)
-    slices = None if rows.slices is None else _slices(rows.slices, *total)
+    slices = None if rows.slices is None else _slices(rows.slices, *total, recipe.parts)
     mask_of(recipe, *total, content(cu_q), content(cu_k), content(slices))
     _check_extras(q, k, options, total[1])
     engine.kernel_for(recipe, q, k, v, {"alibi": options.alibi_slopes is not None, "bias": options.bias is not None})
@@ -253,7 +262,7 @@ def _check_extras(q: Tensor, k: Tensor, options: Options, total_k: int) -> None:
     allowed: dict[str, list[tuple[int, ...]]] = {
         "alibi_slopes": [(heads,), (batch, heads), (1, heads)],
         "learnable_sink": [(heads,)],
-        "bias": [(heads, rows, total_k), (1, rows, total_k)] if total_k else [],
+        "bias": [(heads, rows, total_k), (1, rows, total_k)],
     }
     for name, shapes in allowed.items():
         x = getattr(options, name)
@@ -312,7 +321,11 @@ def host_table(name: str, cu_seqlens: Tensor | None) -> Tensor | None:
     return cu_seqlens.detach().to("cpu", torch.int64)
 
 
-def _slices(mask: Mask, total_q: int, total_k: int) -> Tensor:
+def _slices(mask: Mask, total_q: int, total_k: int, parts: int) -> Tensor:
+    if mask.num_parts != 1 or parts != 1:
+        raise ValueError(
+            f"a Mask of {mask.num_parts} parts, features in {parts}: a Mask here is of one; take wrap_piecewise_attn_func"
+        )
     if (mask.q_len, mask.k_len) != (total_q, total_k):
         raise ValueError(f"the mask is over {mask.q_len} queries and {mask.k_len} keys, the tokens are {total_q} and {total_k}")
     return torch.from_numpy(np.column_stack([mask.table, mask.parts]))

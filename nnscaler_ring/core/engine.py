@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -44,7 +43,7 @@ class _Job:
     k_layout: Layout
     scale: float
     seed: int
-    ahead: np.ndarray
+    documents: tuple[bytes | None, bytes | None]
 
     @property
     def local(self) -> bool:
@@ -89,15 +88,24 @@ class _Job:
         if not made.features & {"alibi", "bias", "dropout"}:
             return made
         at = teams(self.q_layout, self.inner).positions(plan.rank // self.inner)
-        q_at, ahead = (torch.from_numpy(x).to(device) for x in (at, self.ahead[at]))
+        q_at, ahead = (torch.from_numpy(x).to(device) for x in (at, self._ahead(at)))
         return replace(made, q_at=q_at, ahead=ahead)
+
+    def _ahead(self, at: np.ndarray) -> np.ndarray:
+        """By how much the keys of each query's document run ahead: documents are aligned at their last tokens."""
+        cu_q, cu_k = self.documents
+        if cu_q is None:
+            return np.full(len(at), self.k_layout.length - self.q_layout.length)
+        q, k = (np.frombuffer(cu, dtype=np.int64) for cu in (cu_q, cu_q if cu_k is None else cu_k))
+        return (k - q)[np.searchsorted(q, at, side="right")]
 
     def key_positions(self, step: Step, device: torch.device) -> Tensor:
         """The position of each row of a step's memory."""
         held, size = teams(self.k_layout, self.inner), int((step.holds[:, 2] - step.holds[:, 1]).sum())
         at = np.zeros(size, dtype=np.int64)
+        positions = {origin: held.positions(origin) for origin in np.unique(step.holds[:, 0]).tolist()}
         for origin, lo, hi, start in step.holds.tolist():
-            at[start : start + hi - lo] = held.positions(origin)[lo:hi]
+            at[start : start + hi - lo] = positions[origin][lo:hi]
         return torch.from_numpy(at).to(device)
 
 
@@ -136,16 +144,7 @@ def _job(recipe: Recipe, total: tuple[int, int], tables: Sequence[Tensor | None]
     k_layout = layout_of(recipe.layout, total[1], transport.world_size, cu_q if cu_k is None else cu_k)
     held, outer = (teams(q_layout, inner), teams(k_layout, inner)), "auto" if recipe.transport == ALL_TO_ALL else recipe.transport
     plans = [among(plan(seen, *held, outer, rank // inner), inner, rank % inner) for rank in transport.ranks]
-    return _Job(recipe, transport, inner, plans, q_layout, k_layout, scale, seed, _ahead(*total, cu_q, cu_k))
-
-
-@lru_cache(maxsize=64)
-def _ahead(q_len: int, k_len: int, cu_q: bytes | None, cu_k: bytes | None) -> np.ndarray:
-    """By how much the keys of each query's document run ahead: documents are aligned at their last tokens."""
-    if cu_q is None:
-        return np.full(q_len, k_len - q_len)
-    q, k = (np.frombuffer(cu, dtype=np.int64) for cu in (cu_q, cu_q if cu_k is None else cu_k))
-    return np.repeat(k[1:] - q[1:], np.diff(q))
+    return _Job(recipe, transport, inner, plans, q_layout, k_layout, scale, seed, (cu_q, cu_k))
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------------------
@@ -414,9 +413,9 @@ def _attend(
     split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
     yield from _staggered([_walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), None) for hq, hk in split])
     if extras.sink is not None:  # one more key, without a value
-        total = torch.logaddexp(lse, extras.sink.to(exact).view(-1, 1))
-        out *= torch.exp(lse - total)
-        lse = total
+        sink = extras.sink.to(exact).view(-1, 1)
+        out *= torch.sigmoid(lse - sink).nan_to_num_(nan=0.0)  # -inf less -inf: there is nothing
+        lse = torch.logaddexp(lse, sink)
     return out.to(q.dtype), lse.squeeze(3).transpose(1, 2).contiguous()
 
 
@@ -456,10 +455,11 @@ def _backward(
     d_out, q, k, v, _, _ = saved
     heads, bias, sink = q.shape[2], extras.bias, extras.sink
     q_team, k_team = job.teams(plan, heads, k.shape[2])
-    packs = [Pack(q_team, "q", [d_out]), *([] if d_lse is None else [Pack(q_team, "q", [d_lse.transpose(1, 2).unsqueeze(3)])])]
+    d_lse = torch.zeros_like(d_out[..., 0], dtype=_exact(q.dtype)).mT if d_lse is None else d_lse  # others may have one
+    packs = [Pack(q_team, "q", [d_out]), Pack(q_team, "q", [d_lse.mT.unsqueeze(3)])]
     came = yield from to_heads(packs)
-    (d_mine,), *d_lses = (pack.split(rows) for pack, rows in zip(packs, came, strict=True))
-    d_lse = d_lses[0][0].squeeze(3).transpose(1, 2) if d_lses else None
+    (d_mine,), (column,) = (pack.split(rows) for pack, rows in zip(packs, came, strict=True))
+    d_lse = column.squeeze(3).mT
     (mine,), (keys, values) = Pack(q_team, "q", [q]).split(kept[0]), Pack(k_team, "k", [k, v]).split(kept[1])
     extras, more = _of_share(extras, q_team, heads)
     extras = _with_bias(extras, more, kept[4:])
@@ -526,7 +526,7 @@ def _of_sink(sink: Tensor, d_lse: Tensor | None, d_out: Tensor, out: Tensor, lse
     """The gradient ``[Hq]`` of the logits of keys without values."""
     exact = lse.dtype
     delta = (d_out.to(exact) * out.to(exact)).sum(3).transpose(1, 2)
-    weight = torch.exp(sink.to(exact).view(-1, 1) - lse)
+    weight = torch.exp(sink.to(exact).view(-1, 1) - lse).nan_to_num_(nan=0.0)
     return (weight * ((0.0 if d_lse is None else d_lse) - delta)).sum((0, 2))
 
 
@@ -580,7 +580,8 @@ def attention(
     _check_rows(job, q, k)
     qs, (ks, vs) = job.shards(q, job.q_layout), (job.shards(x, job.k_layout) for x in (k, v))
     by_rank = zip(job.plans, qs, ks, vs, _extras(job, alibi, bias, sink), strict=True)
-    results = job.transport.run([_forward(job, *rank) for rank in by_rank])
+    with torch.autocast(q.device.type, enabled=False):  # partial results are of the dtypes said here
+        results = job.transport.run([_forward(job, *rank) for rank in by_rank])
     out, lse, kept = zip(*results, strict=True)
     return job.whole(out, job.q_layout), job.whole(lse, job.q_layout, dim=2), [x for each in kept for x in each]
 
@@ -617,7 +618,7 @@ def _fake_kept(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
     transport = transport_of(recipe.group)
     inner, kept = _inner(recipe, transport), list[Tensor]()
     for rank in transport.ranks if inner > 1 else ():
-        share = deal(q.shape[2], k.shape[2], inner)[rank % inner]
+        share = deal(int(q.shape[2]), int(k.shape[2]), inner)[rank % inner]
         heads, heads_k = share.q[1] - share.q[0], share.k[1] - share.k[0]
         q_rows = _held(recipe, transport, inner, rank, total_q, cu_q)
         k_rows = _held(recipe, transport, inner, rank, total_k, cu_q if cu_k is None else cu_k)
@@ -636,7 +637,7 @@ def _held(recipe: Recipe, transport: Transport, inner: int, rank: int, total: in
     if inner == transport.world_size:
         return total
     cu = content(cu_seqlens) if looks_at_documents(recipe.layout) else None
-    return int(teams(layout_of(recipe.layout, total, transport.world_size, cu), inner).counts[rank // inner])
+    return int(teams(layout_of(recipe.layout, int(total), transport.world_size, cu), inner).counts[rank // inner])
 
 
 _SAVED = "Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] kept"
@@ -685,7 +686,8 @@ def attention_backward(
         _backward(job, job.plans[n], d_lses[n], [x[n] for x in saved], kept[n * own : n * own + own], extras[n], wants_bias)
         for n in ranks
     ]
-    dq, dk, dv, d_bias, d_sink = zip(*job.transport.run(walks), strict=True)
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, d_bias, d_sink = zip(*job.transport.run(walks), strict=True)
     grads = [job.whole(dq, job.q_layout), job.whole(dk, job.k_layout), job.whole(dv, job.k_layout)]
     if wants_bias and bias is not None:
         grads.append(job.whole(d_bias, job.q_layout).to(bias.dtype))

@@ -62,7 +62,10 @@ class Mask:
     ) -> None:
         k_len = q_len if k_len is None else k_len
         table = np.array([tuple(Slice(*row)) for row in slices], dtype=np.int64).reshape(-1, 6)
-        self._set(table, q_len, k_len, np.zeros(len(table), dtype=np.int64) if parts is None else np.asarray(parts))
+        numbers = np.zeros(len(table), dtype=np.int64) if parts is None else np.asarray(parts)
+        if numbers.shape != (len(table),) or numbers.dtype.kind not in "iu" or (numbers < 0).any():
+            raise ValueError(f"parts={parts}: give a number >= 0 for each of the {len(table)} slices")
+        self._set(table, q_len, k_len, numbers.astype(np.int64))
         _check(self.table, q_len, k_len)
 
     @classmethod

@@ -302,7 +302,7 @@ def head_bytes(shape: Shape, shares: Sequence[Share], held: Layout) -> tuple[lis
     others_q, others_k = q.sum() - mine_q, k.sum() - mine_k
     wire = shape.gradient if k.sum() > shape.heads_k else shape.element
     both, b = shape.dim + shape.dim_v, shape.element
-    before = [tokens * (others_q * shape.dim + others_k * both) * b, tokens * others_q * shape.dim_v * b]
+    before = [tokens * (others_q * shape.dim + others_k * both) * b, tokens * others_q * (shape.dim_v * b + 4)]
     after = [
         (team - tokens) * mine_q * (shape.dim_v * b + 4),
         (team - tokens) * (mine_q * shape.dim * b + mine_k * both * wire),
