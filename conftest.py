@@ -2,4 +2,5 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("triton") else ["nnscaler_ring/core/kernels/fused.py"]
+_TRITON = ("fused.py", "triton_kernels.py")
+collect_ignore = [] if find_spec("triton") else [f"nnscaler_ring/core/kernels/{name}" for name in _TRITON]

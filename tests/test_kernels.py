@@ -20,7 +20,12 @@ from nnscaler_ring.core.plan import plans
 from tests import oracle
 from tests.shapes import HEADS
 
-BACKENDS = [pytest.param(kernel, id=f"{name}-{type(kernel).__name__}") for name, each in KERNELS.items() for kernel in each]
+BACKENDS = [
+    # In Triton's interpreter the suite takes long; `test_triton` is the quick part of it.
+    pytest.param(kernel, id=f"{name}-{type(kernel).__name__}", marks=[pytest.mark.slow] if name == "triton" else [])
+    for name, each in KERNELS.items()
+    for kernel in each
+]
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 WINDOWS: list[Window] = [(-1, -1), (-1, 0), (0, -1), (0, 0), (-1, 2), (3, -1), (2, 1), (4, 0), (-1, 5)]
 ROWS, KEYS = 11, 12

@@ -9,11 +9,12 @@ from types import MappingProxyType
 from .aten import AtenCpu, AtenCuda
 from .base import Case, Grad, Kernel, Scores
 from .reference import Reference
+from .triton import Triton
 
 __all__ = ["KERNELS", "Case", "Grad", "Kernel", "Scores", "check_kernel", "choose"]
 
 KERNELS: Mapping[str, tuple[Kernel, ...]] = MappingProxyType(
-    {"aten": (AtenCpu(), AtenCuda()), "reference": (Reference(),)},
+    {"aten": (AtenCpu(), AtenCuda()), "triton": (Triton(),), "reference": (Reference(),)},
 )
 """Backends by name, the fastest first; a name stands for one backend per kind of device."""
 
@@ -38,6 +39,8 @@ def choose(name: str, case: Case) -> Kernel:
         for kernel in KERNELS[tried]:
             try:
                 kernel.check(case)
+                if name == "auto" and not kernel.offers(case):
+                    continue
                 return kernel
             except NotImplementedError as why:
                 lacking.append(f"{tried}: {why}")

@@ -120,6 +120,10 @@ class Kernel(ABC):
             raise NotImplementedError(f"it has no {', '.join(lacking)}")
         self.check_sizes(case)
 
+    def offers(self, case: Case) -> bool:
+        """Whether ``auto`` may take it; by its name it can be had in any case."""
+        return True
+
     @abstractmethod
     def check_sizes(self, case: Case) -> None:
         """The part of `check` about device, dtype and sizes."""

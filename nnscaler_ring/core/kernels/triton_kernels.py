@@ -1,0 +1,346 @@
+"""The Triton kernels of `kernels.triton`, after FlashAttention-2 (Dao, 2023): the forward, dq and dk with dv.
+
+What a program reads of its span lies in a table of int32, made by `kernels.triton`: which rows it has, which blocks it visits, and
+which of these hold only pairs that are seen. Those come first, without masks; the others after them, in any order as sums allow.
+Names: `i` are query rows, `j` key rows, each the number of a row in its tensor; ``_at`` are positions in the sequence. Scores are
+kept times ``log2(e)``, for `exp2`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+QUERY_COLUMNS = tl.constexpr(9)
+KEY_COLUMNS = tl.constexpr(4)
+VISIT_COLUMNS = tl.constexpr(8)
+"""Columns of the tables, see `kernels.triton`."""
+
+CHANGING = ["left", "right", "dropped", "seed_low", "seed_high", "batch0", "head0", "num_tiles", "program0"]
+"""Arguments whose value is not worth a compilation."""
+
+
+@triton.jit
+def _load(at, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile, zero where a mask that counts says so."""
+    if ROWS and COLUMNS:
+        return tl.load(at, mask=rows[:, None] & columns[None, :], other=0.0)
+    elif ROWS:
+        return tl.load(at, mask=rows[:, None], other=0.0)
+    elif COLUMNS:
+        return tl.load(at, mask=columns[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A product, summed in fp32. The interpreter has none of bfloat16; widened before, it is the same."""
+    if PRECISION == "wide":
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _add(at, part, rows, columns):  # type: ignore[no-untyped-def]
+    there = rows[:, None] & columns[None, :]
+    tl.store(at, tl.load(at, mask=there, other=0.0) + part, mask=there)
+
+
+@triton.jit
+def _scores(products, scale, softcap, slope, distance, bias, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The scores times ``log2(e)``, and their derivative by the scaled products where there is a soft cap."""
+    if SOFTCAP:
+        bent = 1.0 - 2.0 / (1.0 + tl.exp2(products * (2.0 * LOG2E * scale / softcap)))  # tanh
+        s, bend = bent * softcap, 1.0 - bent * bent
+    else:
+        s, bend = products * scale, 1.0
+    if ALIBI:
+        s -= slope * tl.abs(distance).to(tl.float32)
+    if BIAS:
+        s += bias
+    return s * LOG2E, bend
+
+
+@triton.jit
+def _kept(q_at, k_at, head, batch, seed_low, seed_high, dropped):  # type: ignore[no-untyped-def]
+    """Which pairs dropout leaves: those whose word of `base.philox` is above `dropped`. The ints are 32 bits without a sign."""
+    low, high = seed_low.to(tl.uint32, bitcast=True), seed_high.to(tl.uint32, bitcast=True)
+    word, _, _, _ = tl.philox_impl(q_at.to(tl.uint32), k_at.to(tl.uint32), head.to(tl.uint32), batch.to(tl.uint32), low, high)
+    return word > dropped.to(tl.uint32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def forward(  # type: ignore[no-untyped-def]
+    q, k, v, out, lse, tiles, alibi, bias, q_at, far_at, k_at,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, out_b, out_l, out_h, lse_b, lse_h, alibi_b, alibi_h, bias_h, bias_l, bias_t,
+    num_tiles, heads, group, left, right, scale, softcap, kept_scale, dropped, seed_low, seed_high, batch0, head0,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out and lse of a tile of query rows in a head."""
+    program = tl.program_id(0)
+    tile = tiles + program % num_tiles * QUERY_COLUMNS
+    b, h = (program // num_tiles // heads).to(tl.int64), (program // num_tiles % heads).to(tl.int64)
+    first, end, reach, reach_end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    align, whole, whole_end, blocks, at = (
+        tl.load(tile + 4),
+        tl.load(tile + 5),
+        tl.load(tile + 6),
+        tl.load(tile + 7),
+        tl.load(tile + 8),
+    )
+    d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, KEYS)
+    row = tl.arange(0, ROWS)
+    i = first + row
+    there = i < end
+    query = _load(
+        q + b * q_b + h * q_h + first.to(tl.int64) * q_l + (row[:, None] * q_l + d[None, :]), there, d < D, True, D != BLOCK_D
+    )
+    k_from = k + b * k_b + h // group * k_h + (n[:, None] * k_l + d[None, :])
+    v_from = v + b * v_b + h // group * v_h + (n[:, None] * v_l + dv[None, :])
+    if DROPOUT:
+        at_i = tl.load(q_at + i, mask=there, other=0).to(tl.int32)
+    slope, far = 0.0, 0
+    if ALIBI:
+        slope = tl.load(alibi + b * alibi_b + h * alibi_h)
+        far = tl.load(far_at + i, mask=there, other=0).to(tl.int32)[:, None]
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    for masked in tl.static_range(2):
+        count = whole_end - whole
+        if masked:
+            count = blocks - count
+        for t in range(0, count):
+            if masked:
+                block = tl.where(t < whole, t, t + whole_end - whole)
+            else:
+                block = t + whole
+            start = reach + block * KEYS
+            j = start + n
+            key = _load(k_from + start.to(tl.int64) * k_l, j < reach_end, d < D, masked, D != BLOCK_D)
+            s = _dot(query, tl.trans(key), PRECISION)
+            distance, added = 0, 0.0
+            if ALIBI or BIAS or DROPOUT:
+                at_j = tl.load(k_at + j, mask=j < reach_end, other=0).to(tl.int32)
+                if ALIBI:
+                    distance = at_j[None, :] - far
+                if BIAS:
+                    bias_at = bias + h * bias_h + i.to(tl.int64)[:, None] * bias_l + at_j[None, :] * bias_t
+                    added = tl.load(bias_at, mask=there[:, None] & (j < reach_end)[None, :], other=0.0).to(tl.float32)
+            if PLAIN:
+                unit = scale * LOG2E
+            else:
+                unit = 1.0
+                s, _ = _scores(s, scale, softcap, slope, distance, added, SOFTCAP, ALIBI, BIAS)
+            if masked:
+                far_off = j[None, :] - i[:, None] - align
+                s = tl.where((far_off >= -left) & (far_off <= right) & (j < reach_end)[None, :], s, float("-inf"))
+            higher = tl.maximum(most, tl.max(s, 1) * unit)
+            less = higher
+            if masked or BIAS:
+                less = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+            weights = tl.exp2(s * unit - less[:, None])
+            fading = tl.exp2(most - less)
+            total = total * fading + tl.sum(weights, 1)
+            most = higher
+            if DROPOUT:
+                kept = _kept(at_i[:, None], at_j[None, :], head0 + h, batch0 + b, seed_low, seed_high, dropped)
+                weights = tl.where(kept, weights, 0.0)
+            value = _load(v_from + start.to(tl.int64) * v_l, j < reach_end, dv < DV, masked, DV != BLOCK_DV)
+            acc = acc * fading[:, None] + _dot(weights.to(value.dtype), value, PRECISION)
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    acc = acc * (kept_scale / total)[:, None]
+    log = tl.where(some, (most + tl.log2(total)) / LOG2E, float("-inf"))
+    tl.store(lse + b * lse_b + h * lse_h + at + row, log, mask=there)
+    out_at = out + b * out_b + h * out_h + at.to(tl.int64) * out_l + (row[:, None] * out_l + dv[None, :])
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=there[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def grad_queries(  # type: ignore[no-untyped-def]
+    q, k, v, out, d_out, lse, delta, dq, d_bias, tiles, alibi, bias, q_at, far_at, k_at,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, out_b, out_l, out_h, do_b, do_l, do_h, lse_b, lse_h, lse_l, delta_b, delta_h,
+    dq_b, dq_l, dq_h, db_h, db_l, db_t, alibi_b, alibi_h, bias_h, bias_l, bias_t,
+    num_tiles, heads, group, left, right, scale, softcap, kept_scale, dropped, seed_low, seed_high, batch0, head0, program0,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, D_BIAS: tl.constexpr, ATOMIC: tl.constexpr, D_LSE: tl.constexpr,
+):  # fmt: skip
+    """dq and the gradient of the bias of a tile of query rows in a head; adds ``out . d_out`` of its rows to `delta`.
+
+    With `D_LSE` there is less the gradient of the log-sum-exp in `delta`, else nothing.
+    """
+    program = tl.program_id(0) + program0
+    tile = tiles + program % num_tiles * QUERY_COLUMNS
+    b, h = (program // num_tiles // heads).to(tl.int64), (program // num_tiles % heads).to(tl.int64)
+    first, end, reach, reach_end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    align, whole, whole_end, blocks = tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
+    d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, KEYS)
+    row = tl.arange(0, ROWS)
+    i, base = first + row, first.to(tl.int64)
+    there = i < end
+    query = _load(q + b * q_b + h * q_h + base * q_l + (row[:, None] * q_l + d[None, :]), there, d < D, True, D != BLOCK_D)
+    result = _load(
+        out + b * out_b + h * out_h + base * out_l + (row[:, None] * out_l + dv[None, :]), there, dv < DV, True, DV != BLOCK_DV
+    )
+    given = _load(
+        d_out + b * do_b + h * do_h + base * do_l + (row[:, None] * do_l + dv[None, :]), there, dv < DV, True, DV != BLOCK_DV
+    )
+    common = tl.sum(result.to(tl.float32) * given.to(tl.float32), 1)
+    if D_LSE:
+        common += tl.load(delta + b * delta_b + h * delta_h + i, mask=there, other=0.0)
+    tl.store(delta + b * delta_b + h * delta_h + i, common, mask=there)
+    given = given.to(v.dtype.element_ty)
+    log = tl.load(lse + b * lse_b + h * lse_h + i.to(tl.int64) * lse_l, mask=there, other=float("inf")) * LOG2E
+    log = tl.where(log == float("-inf"), float("inf"), log)  # rows that see nothing have weights of 0
+    k_from = k + b * k_b + h // group * k_h + (n[:, None] * k_l + d[None, :])
+    v_from = v + b * v_b + h // group * v_h + (n[:, None] * v_l + dv[None, :])
+    if DROPOUT:
+        at_i = tl.load(q_at + i, mask=there, other=0).to(tl.int32)
+    slope, far = 0.0, 0
+    if ALIBI:
+        slope = tl.load(alibi + b * alibi_b + h * alibi_h)
+        far = tl.load(far_at + i, mask=there, other=0).to(tl.int32)[:, None]
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for masked in tl.static_range(2):
+        count = whole_end - whole
+        if masked:
+            count = blocks - count
+        for t in range(0, count):
+            if masked:
+                block = tl.where(t < whole, t, t + whole_end - whole)
+            else:
+                block = t + whole
+            start = reach + block * KEYS
+            j = start + n
+            key = _load(k_from + start.to(tl.int64) * k_l, j < reach_end, d < D, masked, D != BLOCK_D)
+            value = _load(v_from + start.to(tl.int64) * v_l, j < reach_end, dv < DV, masked, DV != BLOCK_DV)
+            s = _dot(query, tl.trans(key), PRECISION)
+            distance, added = 0, 0.0
+            if ALIBI or BIAS or DROPOUT:
+                at_j = tl.load(k_at + j, mask=j < reach_end, other=0).to(tl.int32)
+                if ALIBI:
+                    distance = at_j[None, :] - far
+                if BIAS:
+                    bias_at = bias + h * bias_h + i.to(tl.int64)[:, None] * bias_l + at_j[None, :] * bias_t
+                    added = tl.load(bias_at, mask=there[:, None] & (j < reach_end)[None, :], other=0.0).to(tl.float32)
+            if PLAIN:
+                unit = scale * LOG2E
+            else:
+                unit = 1.0
+                s, bend = _scores(s, scale, softcap, slope, distance, added, SOFTCAP, ALIBI, BIAS)
+            if masked:
+                far_off = j[None, :] - i[:, None] - align
+                s = tl.where((far_off >= -left) & (far_off <= right) & (j < reach_end)[None, :], s, float("-inf"))
+            weights = tl.exp2(s * unit - log[:, None])
+            d_weights = _dot(given, tl.trans(value), PRECISION)
+            if DROPOUT:
+                kept = _kept(at_i[:, None], at_j[None, :], head0 + h, batch0 + b, seed_low, seed_high, dropped)
+                d_weights = tl.where(kept, d_weights * kept_scale, 0.0)
+            d_scores = weights * (d_weights - common[:, None])
+            if D_BIAS:
+                d_bias_at = d_bias + h * db_h + i.to(tl.int64)[:, None] * db_l + at_j[None, :] * db_t
+                both = there[:, None] & (j < reach_end)[None, :]
+                if ATOMIC:
+                    tl.atomic_add(d_bias_at, d_scores.to(d_bias.dtype.element_ty), mask=both)
+                else:
+                    held = tl.load(d_bias_at, mask=both, other=0.0)
+                    tl.store(d_bias_at, held + d_scores.to(held.dtype), mask=both)
+            if SOFTCAP:
+                d_scores *= bend
+            acc += _dot(d_scores.to(key.dtype), key, PRECISION)
+    dq_at = dq + b * dq_b + h * dq_h + base * dq_l + (row[:, None] * dq_l + d[None, :])
+    _add(dq_at, acc * scale, there, d < D)
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def grad_keys(  # type: ignore[no-untyped-def]
+    q, k, v, d_out, lse, delta, dk, dv_sum, tiles, visits, alibi, bias, q_at, far_at, k_at,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, lse_b, lse_h, lse_l, delta_b, delta_h,
+    dk_b, dk_l, dk_h, dv_b, dv_l, dv_h, alibi_b, alibi_h, bias_h, bias_l, bias_t,
+    num_tiles, heads, group, left, right, scale, softcap, kept_scale, dropped, seed_low, seed_high, batch0, head0,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of key rows in a key head, over its query heads and all spans that read it. Tiles lie keys by rows."""
+    program = tl.program_id(0)
+    tile = tiles + program % num_tiles * KEY_COLUMNS
+    heads_k = heads // group
+    b, hk = (program // num_tiles // heads_k).to(tl.int64), (program // num_tiles % heads_k).to(tl.int64)
+    first, end, visit, visit_end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    d, dv, m = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, ROWS)
+    column = tl.arange(0, KEYS)
+    j, base = first + column, first.to(tl.int64)
+    there = j < end
+    key = _load(k + b * k_b + hk * k_h + base * k_l + (column[:, None] * k_l + d[None, :]), there, d < D, True, D != BLOCK_D)
+    value = _load(v + b * v_b + hk * v_h + base * v_l + (column[:, None] * v_l + dv[None, :]), there, dv < DV, True, DV != BLOCK_DV)
+    q_from = q + b * q_b + (m[:, None] * q_l + d[None, :])
+    do_from = d_out + b * do_b + (m[:, None] * do_l + dv[None, :])
+    if ALIBI or BIAS or DROPOUT:
+        at_j = tl.load(k_at + j, mask=there, other=0).to(tl.int32)
+    acc_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    acc_v = tl.zeros([KEYS, BLOCK_DV], tl.float32)
+    for which in range(visit, visit_end):
+        at = visits + which * VISIT_COLUMNS
+        reach, reach_end, j0, j1 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+        align, whole, whole_end, blocks = tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7)
+        for masked in tl.static_range(2):
+            count = whole_end - whole
+            if masked:
+                count = blocks - count
+            h, turn = hk * group, 0
+            for _ in range(0, count * group):  # one loop over heads and blocks, that loads run ahead from head to head
+                if masked:
+                    block = tl.where(turn < whole, turn, turn + whole_end - whole)
+                else:
+                    block = turn + whole
+                start = reach + block * ROWS
+                i, start = start + m, start.to(tl.int64)
+                query = _load(q_from + h * q_h + start * q_l, i < reach_end, d < D, masked, D != BLOCK_D)
+                given = _load(do_from + h * do_h + start * do_l, i < reach_end, dv < DV, masked, DV != BLOCK_DV).to(value.dtype)
+                rows_in = i < reach_end
+                log = tl.load(lse + b * lse_b + h * lse_h + i.to(tl.int64) * lse_l, mask=rows_in, other=float("inf")) * LOG2E
+                log = tl.where(log == float("-inf"), float("inf"), log)
+                common = tl.load(delta + b * delta_b + h * delta_h + i, mask=rows_in, other=0.0)
+                s = _dot(key, tl.trans(query), PRECISION)
+                slope, distance, added = 0.0, 0, 0.0
+                if ALIBI:
+                    slope = tl.load(alibi + b * alibi_b + h * alibi_h)
+                    distance = at_j[:, None] - tl.load(far_at + i, mask=rows_in, other=0).to(tl.int32)[None, :]
+                if BIAS:
+                    bias_at = bias + h * bias_h + i.to(tl.int64)[None, :] * bias_l + at_j[:, None] * bias_t
+                    added = tl.load(bias_at, mask=rows_in[None, :] & there[:, None], other=0.0).to(tl.float32)
+                if PLAIN:
+                    unit = scale * LOG2E
+                else:
+                    unit = 1.0
+                    s, bend = _scores(s, scale, softcap, slope, distance, added, SOFTCAP, ALIBI, BIAS)
+                if masked:
+                    far_off = j[:, None] - i[None, :] - align
+                    inside = ((j >= j0) & (j < j1))[:, None] & rows_in[None, :]
+                    s = tl.where((far_off >= -left) & (far_off <= right) & inside, s, float("-inf"))
+                weights = tl.exp2(s * unit - log[None, :])
+                d_weights = _dot(value, tl.trans(given), PRECISION)
+                used = weights
+                if DROPOUT:
+                    at_i = tl.load(q_at + i, mask=rows_in, other=0).to(tl.int32)
+                    kept = _kept(at_i[None, :], at_j[:, None], head0 + h, batch0 + b, seed_low, seed_high, dropped)
+                    d_weights = tl.where(kept, d_weights * kept_scale, 0.0)
+                    used = tl.where(kept, weights, 0.0)
+                acc_v += _dot(used.to(given.dtype), given, PRECISION)
+                d_scores = weights * (d_weights - common[None, :])
+                if SOFTCAP:
+                    d_scores *= bend
+                acc_k += _dot(d_scores.to(query.dtype), query, PRECISION)
+                h += turn + 1 == count
+                turn = tl.where(turn + 1 == count, 0, turn + 1)
+    _add(dk + b * dk_b + hk * dk_h + base * dk_l + (column[:, None] * dk_l + d[None, :]), acc_k * scale, there, d < D)
+    _add(dv_sum + b * dv_b + hk * dv_h + base * dv_l + (column[:, None] * dv_l + dv[None, :]), acc_v * kept_scale, there, dv < DV)
