@@ -37,10 +37,10 @@ def choose(name: str, case: Case) -> Kernel:
     lacking = []
     for tried in KERNELS if check_kernel(name) == "auto" else (name,):
         for kernel in KERNELS[tried]:
+            if name == "auto" and not kernel.offers(case):
+                continue
             try:
                 kernel.check(case)
-                if name == "auto" and not kernel.offers(case):
-                    continue
                 return kernel
             except NotImplementedError as why:
                 lacking.append(f"{tried}: {why}")
