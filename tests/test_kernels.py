@@ -276,7 +276,7 @@ def test_what_each_backend_lacks_is_said() -> None:
         choose("aten", Case("meta", torch.float32, 8, 8, 1, 1))
     assert choose("auto", Case("meta", torch.float32, 8, 8, 1, 1)).name == "reference", "the last resort takes all"
     dropout = Case("cpu", torch.float32, 8, 8, 1, 1, features=frozenset({"dropout"}))
-    with pytest.raises(NotImplementedError, match="aten: it has no dropout.*triton, reference have"):
+    with pytest.raises(NotImplementedError, match=r"aten: it has no dropout.*triton, reference have"):
         choose("aten", dropout)
     assert choose("auto", dropout).name == "reference"
     assert choose("auto", Case("cpu", torch.float64, 8, 4, 4, 2)).name == "aten"
