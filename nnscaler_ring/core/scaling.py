@@ -315,11 +315,10 @@ def head_bytes(shape: Shape, shares: Sequence[Share], held: Layout) -> tuple[lis
 
 @lru_cache(maxsize=1024)
 def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network: Network) -> str:
-    """``all_to_all`` if it takes less time for both passes than moving keys and values as `plan.choose` says, else that.
+    """``all_to_all`` if it clearly takes less time for both passes than moving keys and values as `plan.choose` says, else that.
 
     A ring hides its rows behind all calls but the first, a halo behind the calls on own rows, an exchange for heads behind nothing;
-    but it alone evens out the work of a layout that does not. Heads are exchanged only where they divide; of ways about as fast the
-    one that sends less is taken.
+    but it alone evens out the work of a layout that does not. Heads are exchanged only where they divide.
 
     Example:
         >>> from nnscaler_ring.core import layout, mask
@@ -344,10 +343,8 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
         rows: compute + max(0.0, busiest / network.bandwidth - hidden),
         ALL_TO_ALL: mean + around / network.bandwidth + 4 * network.latency,
     }
-    sent = {rows: float(needed.mean()) * row, ALL_TO_ALL: around}
-    fast = [name for name, seconds in times.items() if seconds <= ABOUT * min(times.values())]
-    return min(fast, key=lambda name: sent[name])
+    return ALL_TO_ALL if times[ALL_TO_ALL] * CLEARLY < times[rows] else rows
 
 
-ABOUT = 1.02
-"""Times within this of the best are about as fast: the model is not better than that."""
+CLEARLY = 1.1
+"""By how much a modelled time must be less: the model leaves out launches, tiles and copies."""
