@@ -304,11 +304,8 @@ def _dense_attn(
         >>> _dense_attn(q, k, v).shape
         torch.Size([1, 16, 4, 8])
     """
-    shared = (
-        *(softmax_scale, dropout_p, window_size, deterministic, return_attn_probs, transport, kernel, seq_len),
-        softcap,
-        dropout_seed,
-    )
+    shared: tuple[Any, ...] = (softmax_scale, dropout_p, window_size, deterministic, return_attn_probs)
+    shared += (transport, kernel, seq_len, softcap, dropout_seed)
     return _run(op, (q, k, v, cu_seqlens, alibi_slopes, learnable_sink), process_group, shared, causal=causal, layout=layout)
 
 
@@ -388,11 +385,8 @@ def wrap_ring_attn_varlen_func(
         >>> wrap_ring_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, causal=True).shape
         torch.Size([16, 4, 8])
     """
-    shared = (
-        *(softmax_scale, dropout_p, window_size, deterministic, return_attn_probs, transport, kernel, seq_len),
-        softcap,
-        dropout_seed,
-    )
+    shared: tuple[Any, ...] = (softmax_scale, dropout_p, window_size, deterministic, return_attn_probs)
+    shared += (transport, kernel, seq_len, softcap, dropout_seed)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, learnable_sink, bias)
     return _run("wrap_ring_attn_varlen_func", tensors, process_group, shared, causal=causal, seq_len_k=seq_len_k)
 
@@ -439,11 +433,8 @@ def wrap_sliding_window_attn_func(
         torch.Size([1, 16, 4, 8])
     """
     window = (window_size, 0 if causal else window_size) if isinstance(window_size, Integral) else window_size
-    shared = (
-        *(softmax_scale, dropout_p, window, deterministic, return_attn_probs, transport, kernel, seq_len),
-        softcap,
-        dropout_seed,
-    )
+    shared: tuple[Any, ...] = (softmax_scale, dropout_p, window, deterministic, return_attn_probs)
+    shared += (transport, kernel, seq_len, softcap, dropout_seed)
     return _run(
         "wrap_sliding_window_attn_func", (q, k, v, cu_seqlens, alibi_slopes, learnable_sink), process_group, shared, causal=causal
     )
@@ -492,11 +483,8 @@ def wrap_streaming_llm_attn_func(
         torch.Size([1, 16, 4, 8])
     """
     window = (window_size, 0)
-    shared = (
-        *(softmax_scale, dropout_p, window, deterministic, return_attn_probs, transport, kernel, seq_len),
-        softcap,
-        dropout_seed,
-    )
+    shared: tuple[Any, ...] = (softmax_scale, dropout_p, window, deterministic, return_attn_probs)
+    shared += (transport, kernel, seq_len, softcap, dropout_seed)
     return _run(
         "wrap_streaming_llm_attn_func",
         (q, k, v, cu_seqlens, alibi_slopes, learnable_sink),
@@ -556,10 +544,7 @@ def wrap_piecewise_attn_func(
         torch.Size([1, 16, 4, 8])
     """
     q, k = torch.cat([q1, q2], -1), torch.cat([k1, k2], -1)
-    shared = (
-        *(softmax_scale, dropout_p, window_size, deterministic, return_attn_probs, transport, kernel, seq_len),
-        softcap,
-        dropout_seed,
-    )
+    shared: tuple[Any, ...] = (softmax_scale, dropout_p, window_size, deterministic, return_attn_probs)
+    shared += (transport, kernel, seq_len, softcap, dropout_seed)
     tensors = (q, k, v, cu_seqlens, alibi_slopes, learnable_sink)
     return _run("wrap_ring_attn_func", tensors, process_group, shared, causal=causal, layout=layout, far=dist_threshold)

@@ -4,7 +4,6 @@ every layout, transport and world, and that which weights dropout drops does not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -24,14 +23,6 @@ from tests.test_property import TRANSPORT_NAMES
 
 WORLDS, CHUNKS, CASES = (1, 2, 3, 4), 12, 60
 FEATURES = ("softcap", "alibi", "bias", "dropout", "sink", "far", "d_lse")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def test_a_gradient_of_the_log_sum_exp(kernel: Kernel, dtype: torch.dtype, devic
         sums = [torch.zeros_like(x, dtype=exact) for x in p.given[:3]]
         saved = (out.detach().to(device, dtype), p.given.d_out, torch.where(some, lse.detach(), -torch.inf).to(device, exact))
         grad = Grad(p.given.q, *saved, *sums, d_lse=d_lse.to(exact))
-        kernel.backward(grad, p.given.k, p.given.v, p.spans, window, Scores(scale=p.scale))
+        kernel.differentiate(grad, p.given.k, p.given.v, p.spans, window, Scores(scale=p.scale))
         for got, expected in zip(sums, want, strict=True):
             assert oracle.error(got.cpu(), expected) <= TOLERANCE[dtype]
 

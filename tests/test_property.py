@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,15 +20,6 @@ CHUNKS, CASES = 32, 100
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 KERNELS = ("reference", "aten")
 TRANSPORT_NAMES = ("auto", "all_to_all", *TRANSPORTS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: with more threads, most of the time goes into waking them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

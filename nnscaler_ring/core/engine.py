@@ -99,14 +99,20 @@ class _Job:
         q, k = (np.frombuffer(cu, dtype=np.int64) for cu in (cu_q, cu_q if cu_k is None else cu_k))
         return (k - q)[np.searchsorted(q, at, side="right")]
 
-    def key_positions(self, step: Step, device: torch.device) -> Tensor:
-        """The position of each row of a step's memory."""
-        held, size = teams(self.k_layout, self.inner), int((step.holds[:, 2] - step.holds[:, 1]).sum())
-        at = np.zeros(size, dtype=np.int64)
-        positions = {origin: held.positions(origin) for origin in np.unique(step.holds[:, 0]).tolist()}
-        for origin, lo, hi, start in step.holds.tolist():
-            at[start : start + hi - lo] = positions[origin][lo:hi]
-        return torch.from_numpy(at).to(device)
+    def key_positions(self, plan: RankPlan, device: torch.device) -> dict[Step, Tensor]:
+        """The position of each row of each step's memory, on the device before the walk begins."""
+        held = teams(self.k_layout, self.inner)
+        steps = [step for step in plan.steps if step.calls]
+        origins = np.unique(np.concatenate([step.holds[:, 0] for step in steps])) if steps else ()
+        positions = {int(origin): held.positions(int(origin)) for origin in origins}
+        found = []
+        for step in steps:
+            at = np.zeros(int((step.holds[:, 2] - step.holds[:, 1]).sum()), dtype=np.int64)
+            for origin, lo, hi, start in step.holds.tolist():
+                at[start : start + hi - lo] = positions[origin][lo:hi]
+            found.append(at)
+        whole = torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.int64)
+        return dict(zip(steps, whole.to(device).split([len(at) for at in found]), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,8 +346,9 @@ def kernel_for(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[
     return kernels.choose(recipe.kernel, Case(q.device.type, q.dtype, *sizes, recipe.deterministic, names))
 
 
-def _kernel(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: _Extras) -> Kernel:
-    return kernel_for(recipe, q, k, v, {"alibi": extras.alibi is not None, "bias": extras.bias is not None})
+def _kernel(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: _Extras, d_lse: Tensor | None = None) -> Kernel:
+    there = {"alibi": extras.alibi, "bias": extras.bias, "d_lse": d_lse}
+    return kernel_for(recipe, q, k, v, {name: x is not None for name, x in there.items()})
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -395,12 +402,13 @@ def _attend(
     out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=exact if plan.num_merges or extras.sink is not None else q.dtype)
     lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=exact)
     scores = job.scores(plan, extras, q.device)
+    k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
 
     def visit(heads: slice) -> Visit:
         mine = scores.of_heads(heads)
 
         def run(step: Step, k: Tensor, v: Tensor, grads: _Rows | None) -> None:
-            here = mine if mine.q_at is None else replace(mine, k_at=job.key_positions(step, q.device))
+            here = replace(mine, k_at=k_at.get(step))
             for calls in step.calls if k.shape[2] else ():
                 part = _features(calls, job.recipe, q)
                 result, its_lse = kernel.forward(q[:, :, heads, part], k[..., part], v, calls.spans, calls.window, here)
@@ -490,6 +498,7 @@ def _differentiate_attend(
     dq, homes, walks = torch.zeros_like(q, dtype=exact), [], []
     d_bias = torch.zeros_like(extras.bias, dtype=exact) if wants_bias and extras.bias is not None else None
     scores = job.scores(plan, extras, q.device)
+    k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
 
     def visit(heads: slice) -> Visit:
         mine = scores.of_heads(heads)
@@ -498,19 +507,19 @@ def _differentiate_attend(
 
         def run(step: Step, k: Tensor, v: Tensor, grads: _Rows | None) -> None:
             assert grads is not None
-            here = mine if mine.q_at is None else replace(mine, k_at=job.key_positions(step, q.device))
+            here = replace(mine, k_at=k_at.get(step))
             read = (out[:, :, heads], d_out[:, :, heads], lse[:, heads])
             of_lse = None if d_lse is None else d_lse[:, heads]
             for calls in step.calls if k.shape[2] else ():
                 part = _features(calls, job.recipe, q)
                 sums = (dq[:, :, heads, part], grads.k[..., part], grads.v)
                 grad = Grad(q[:, :, heads, part], *read, *sums, job.recipe.deterministic, bias, of_lse)
-                kernel.backward(grad, k[..., part], v, calls.spans, calls.window, here)
+                kernel.differentiate(grad, k[..., part], v, calls.spans, calls.window, here)
 
         return run
 
     if k.shape[2]:
-        kernel = _kernel(job.recipe, q, k, v, extras)
+        kernel = _kernel(job.recipe, q, k, v, extras, d_lse)
     for hq, hk in _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most):
         home = _Rows.make(k.shape[1], k[:, :, hk], v[:, :, hk], exact)
         home.data.zero_()

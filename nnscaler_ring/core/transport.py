@@ -10,8 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -122,6 +123,10 @@ class OneRank(Transport):
             del exchange  # or what it sends would stay until the next one
 
 
+_MET: WeakKeyDictionary[dist.ProcessGroup, set[str]] = WeakKeyDictionary()
+"""The device types on which a group's ranks have met. Nothing here keeps a group alive after it is destroyed."""
+
+
 class ProcessTransport(OneRank):
     """This process' rank, by non-blocking point-to-point messages in the order of the plan.
 
@@ -134,14 +139,16 @@ class ProcessTransport(OneRank):
         self._groups = (group,) if team is None else (group, team)
         self.inner = 1 if team is None else team.size()
         self.world_size = group.size() * self.inner
-        place = 0 if team is None else team.rank()
-        self.ranks = (group.rank() * self.inner + place,)
-        numbered = [(n * self.inner + place, rank, group) for n, rank in enumerate(dist.get_process_group_ranks(group))]
-        if team is not None:
-            first = group.rank() * self.inner
-            numbered += [(first + n, rank, team) for n, rank in enumerate(dist.get_process_group_ranks(team))]
-        self._peers = {number: (rank, of) for number, rank, of in numbered}
-        self._met = set[str]()
+        self._place = 0 if team is None else team.rank()
+        self.ranks = (group.rank() * self.inner + self._place,)
+
+    @cached_property
+    def _peers(self) -> dict[int, tuple[int, dist.ProcessGroup]]:
+        """For each rank that this one meets its global rank and their group."""
+        group, *team = self._groups
+        peers = {n * self.inner + self._place: (rank, group) for n, rank in enumerate(dist.get_process_group_ranks(group))}
+        first = self.ranks[0] - self._place
+        return peers | {first + n: (rank, of) for of in team for n, rank in enumerate(dist.get_process_group_ranks(of))}
 
     def start(self, exchange: Exchange) -> Wait:
         self._meet(exchange)
@@ -163,9 +170,9 @@ class ProcessTransport(OneRank):
         """
         used = {tensor.device for _, tensor in (*exchange.send, *exchange.receive)} or {current_device(self._groups[0])}
         for device in used:
-            if device.type != "cpu" and device.type not in self._met:
-                self._met.add(device.type)
-                for group in self._groups:
+            for group in self._groups if device.type != "cpu" else ():
+                if device.type not in (met := _MET.setdefault(group, set())):
+                    met.add(device.type)
                     dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
@@ -246,10 +253,7 @@ def transport_of(group: str) -> Transport:
     """
     if is_local(group) or group.startswith("pretend:"):
         return _in_this_process(group)
-    return _of_processes(*map(resolve_group, group.split(GRID)))  # a name may come back with another group behind it
-
-
-_of_processes = lru_cache(maxsize=64)(ProcessTransport)
+    return ProcessTransport(*map(resolve_group, group.split(GRID)))
 
 
 class RingComm:

@@ -44,6 +44,7 @@ def choose(name: str, case: Case) -> Kernel:
                 return kernel
             except NotImplementedError as why:
                 lacking.append(f"{tried}: {why}")
-    able = [other for other, kernels in KERNELS.items() if other != name and any(case.features <= k.features for k in kernels)]
-    hint = f". What is asked for besides, {', '.join(able)} have" if case.features and name != "auto" else ""
+    asked = case.features - {"d_lse"}
+    able = [other for other, kernels in KERNELS.items() if other != name and any(asked <= k.features for k in kernels)]
+    hint = f". What is asked for besides, {', '.join(able)} have" if asked and name != "auto" else ""
     raise NotImplementedError(f"no kernel {name!r} for {case}. " + "; ".join(lacking) + hint)

@@ -17,7 +17,7 @@ from torch.torch_version import TorchVersion
 
 from ..merge import merge_
 from . import tiles
-from .base import Case, Grad, Kernel, Scores, Spans, Window, rows, through_a_value
+from .base import Case, Grad, Kernel, Scores, Spans, Window, rows
 from .tiles import Kind, Piece
 
 aten = torch.ops.aten
@@ -41,11 +41,6 @@ class AtenCpu(Kernel):
         return out[..., :head_dim_v], lse
 
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        if grad.d_lse is not None:
-            other, wide = through_a_value(grad, v)
-            self.backward(other, k, wide, spans, window, scores)
-            grad.dv.add_(other.dv[..., :-1])
-            return
         heads_k = k.shape[2]
         q, k, v, out, d_out = _pad(grad.q, k, v, grad.out, grad.d_out)
         k, v = _heads_as(q, k), _heads_as(q, v)
@@ -208,11 +203,6 @@ class AtenCuda(Kernel):
         return out.unflatten(0, (batch, -1))[..., :head_dim_v], lse.unflatten(1, (batch, -1)).transpose(0, 1)
 
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        if grad.d_lse is not None:
-            other, wide = through_a_value(grad, v)
-            self.backward(other, k, wide, spans, window, scores)
-            grad.dv.add_(other.dv[..., :-1])
-            return
         q, k, v, out, d_out = _pad(grad.q, k, v, grad.out, grad.d_out, multiple=8)
         packed = _Packed(spans, q, k)
         lse = packed.rows(grad.lse.transpose(1, 2))

@@ -95,7 +95,7 @@ def philox(q_at: Tensor, k_at: Tensor, head: Tensor, batch: Tensor, seed: int) -
 
 @dataclass(frozen=True)
 class Case:
-    """What the choice of a backend depends on; `features` are names that `Scores.features` gives."""
+    """What the choice of a backend depends on; `features` are names that `Scores.features` gives, and ``d_lse``."""
 
     device: str
     dtype: torch.dtype
@@ -113,12 +113,15 @@ class Kernel(ABC):
     name: str
     features: frozenset[str] = frozenset()
     """What it has of `Scores.features`."""
+    takes_d_lse: bool = False
+    """`backward` looks at `Grad.d_lse`."""
 
     def check(self, case: Case) -> None:
         """Nothing, or NotImplementedError that says what this backend lacks for `case`."""
-        if lacking := sorted(case.features - self.features):
+        if lacking := sorted(case.features - self.features - {"d_lse"}):
             raise NotImplementedError(f"it has no {', '.join(lacking)}")
-        self.check_sizes(case)
+        through_a_value = "d_lse" in case.features and not self.takes_d_lse  # see `differentiate`
+        self.check_sizes(replace(case, head_dim_v=case.head_dim_v + 1) if through_a_value else case)
 
     def offers(self, case: Case) -> bool:
         """Whether ``auto`` may take it; by its name it can be had in any case."""
@@ -142,6 +145,22 @@ class Kernel(ABC):
             out ``[B, n, Hq, Dv]`` in q's dtype or, where the backend has it, fp32, and lse ``[B, Hq, n]`` (natural log, fp32,
             float64 for float64) of the spans' rows, span after span.
         """
+
+    def differentiate(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
+        """`backward`, for any backend with the gradient of the log-sum-exp.
+
+        Without it in the backend all keys get a value of 1 besides theirs, of which `d_lse` is the gradient; its part of `out`,
+        which is counted in `d_lse`, is 0. So such a backend has no dropout, and values one wider.
+        """
+        if grad.d_lse is None or self.takes_d_lse:
+            self.backward(grad, k, v, spans, window, scores)
+            return
+        column = grad.d_lse.transpose(1, 2).unsqueeze(3).to(grad.d_out.dtype)
+        d_out, out = torch.cat([grad.d_out, column], 3), torch.cat([grad.out, torch.zeros_like(column)], 3)
+        dv = grad.dv.new_zeros(*grad.dv.shape[:3], grad.dv.shape[3] + 1)
+        wide = torch.cat([v, torch.ones_like(v[..., :1])], 3)
+        self.backward(replace(grad, d_out=d_out, out=out, dv=dv, d_lse=None), k, wide, spans, window, scores)
+        grad.dv.add_(dv[..., :-1])
 
     @abstractmethod
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
@@ -171,19 +190,6 @@ class Grad:
     deterministic: bool = False
     d_bias: Tensor | None = None
     d_lse: Tensor | None = None
-
-
-def through_a_value(grad: Grad, v: Tensor) -> tuple[Grad, Tensor]:
-    """`grad` and values that say the same without `d_lse`, for a backend that does not know it and has no dropout.
-
-    All keys get a value of 1 besides theirs, of which `d_lse` is the gradient; its part of `out`, which is counted in `d_lse`, is
-    0. What `dv` then has but for its last column is to be added to that of `grad`.
-    """
-    assert grad.d_lse is not None
-    column = grad.d_lse.transpose(1, 2).unsqueeze(3).to(grad.d_out.dtype)
-    d_out, out = torch.cat([grad.d_out, column], 3), torch.cat([grad.out, torch.zeros_like(column)], 3)
-    dv = grad.dv.new_zeros(*grad.dv.shape[:3], grad.dv.shape[3] + 1)
-    return replace(grad, d_out=d_out, out=out, dv=dv, d_lse=None), torch.cat([v, torch.ones_like(v[..., :1])], 3)
 
 
 def rows(spans: Spans) -> Sequence[tuple[int, int, int, int]]:

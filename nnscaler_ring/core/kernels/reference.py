@@ -18,6 +18,7 @@ class Reference(Kernel):
     """Attention by its definition."""
 
     name = "reference"
+    takes_d_lse = True
     features = frozenset({"softcap", "alibi", "bias", "dropout"})
 
     def check_sizes(self, case: Case) -> None:

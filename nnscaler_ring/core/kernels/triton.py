@@ -80,6 +80,7 @@ class Triton(Kernel):
     """The kernels of `triton_kernels`; `sizes` replaces what the tables say."""
 
     name = "triton"
+    takes_d_lse = True
     features = frozenset({"softcap", "alibi", "bias", "dropout"})
 
     def __init__(self, sizes: Sizes | None = None) -> None:
