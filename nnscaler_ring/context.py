@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .annotations.dtensor import axis_group
-from .core.call import Options, Result, Rows, attend, check, check_names, grid_name, group_name, host_table
+from .core.call import Options, Result, Rows, attend, check_names, grid_name, group_name, host_table
 from .core.layout import Layout
 from .core.layouts import LAYOUTS, looks_at_documents, name_of, needs_documents
 from .core.mask import Mask, check_cu_seqlens
-from .core.recipe import Recipe, content, layout_of, mask_of
+from .core.recipe import Recipe, content, layout_of
 from .core.relayout import gather
-from .core.scaling import Shape, best_transport, machine_of
 from .core.transport import transport_of
 
 
@@ -182,21 +181,7 @@ class ContextParallel:
             raise ValueError(f"layout {self._recipe.layout!r} cuts each document: pass cu_seqlens")
         if torch.compiler.is_compiling():
             return attend(q, k, v, self._recipe, settled, rows)
+        cu_seqlens = host_table("cu_seqlens", cu_seqlens)  # read from the device once
         total = self._total(q.shape[q.dim() - 3], cu_seqlens, rows.seq_len)
         self._layout(total, cu_seqlens)
-        rows = replace(rows, seq_len=total)
-        return attend(q, k, v, self._settled(q, k, v, settled, rows), settled, rows)
-
-    def _settled(self, q: Tensor, k: Tensor, v: Tensor, options: Options, rows: Rows) -> Recipe:
-        """The recipe, with the transport that suits the mask and the heads where it is left open."""
-        if self._recipe.transport != "auto" or self.world_size == 1 or self._transport.inner > 1 or options.bias is not None:
-            return self._recipe  # a bias would travel with the heads
-        recipe, (total, _), (cu_q, _, slices) = check(q, k, v, self._recipe, options, rows)
-        cu = content(cu_q)
-        mask = mask_of(recipe, total, total, cu, None, content(slices))
-        reduced = getattr(torch, self._recipe.reduce_dtype or "float32")
-        gradient = torch.promote_types(q.dtype, reduced).itemsize if not self._recipe.reduce_dtype else reduced.itemsize
-        sizes = {"heads": q.shape[-2], "heads_k": k.shape[-2], "dim": q.shape[-1], "dim_v": v.shape[-1]}
-        shape = Shape(**sizes, batch=q.shape[0] if q.dim() == 4 else 1, element=q.dtype.itemsize, gradient=gradient)
-        held = layout_of(recipe.layout, total, self.world_size, cu)
-        return replace(self._recipe, transport=best_transport(mask, held, shape, *machine_of(q.device.type, self.world_size)))
+        return attend(q, k, v, self._recipe, settled, replace(rows, seq_len=total, cu_seqlens_q=cu_seqlens), heads_may_travel=True)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from .annotations import dtensor, nnscaler
 from .annotations.spec import SPECS, OpSpec
-from .core.call import Group, Options, Result, Rows, attend, check, check_qkv, grid_name, group_name, whole_lengths
+from .core.call import Group, Options, Result, Rows, attend, check, check_qkv, grid_name, group_name, host_table, whole_lengths
 from .core.mask import check_window
 from .core.plan import check_transport
 from .core.recipe import Recipe
@@ -145,10 +145,13 @@ class _Call:
         transport, (batch0, head0) = self._transport(group), self.first
         recipe = Recipe(group=group, layout=inner, transport=transport, kernel=given.kernel, batch0=batch0, head0=head0)
         q_len, k_len = lengths
-        rows = Rows(seq_len=q_len, seq_len_k=k_len, cu_seqlens_q=self.cu_seqlens_q, cu_seqlens_k=self.cu_seqlens_k)
+        cu_q, cu_k = self.cu_seqlens_q, self.cu_seqlens_k
+        if not torch.compiler.is_compiling():  # read from the device once
+            cu_q, cu_k = host_table("cu_seqlens_q", cu_q), host_table("cu_seqlens_k", cu_k)
+        rows = Rows(seq_len=q_len, seq_len_k=k_len, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
         options = options_of(given, **self.extras)
-        if not torch.compiler.is_compiling():
-            check(q, k, v, recipe, options, rows)
+        if inner != given.layout and not torch.compiler.is_compiling():
+            check(q, k, v, recipe, options, rows)  # before anything travels
         total, total_k = whole_lengths(q, k, group, rows)
         if inner != given.layout:
             batches = [([q, k, v], total)] if total == total_k else [([q], total), ([k, v], total_k)]

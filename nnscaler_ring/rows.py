@@ -14,8 +14,9 @@ from .core.cost import tiles
 from .core.heads import deal, teams
 from .core.layout import Layout
 from .core.mask import Mask
-from .core.plan import ALL_TO_ALL, Message, RankPlan, among, plan
+from .core.plan import ALL_TO_ALL, plan
 from .core.scaling import NETWORKS, SPEEDS, Report, Shape, Timeline, best_transport, head_bytes, rank_pairs, report, timeline
+from .core.steps import Message, RankPlan, among
 from .pictures import Column, figures, tokens
 
 FEW = 64

@@ -38,7 +38,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core import engine, layouts, mask
+from nnscaler_ring.core import engine, layouts, mask, passes
 from nnscaler_ring.core.kernels.base import Grad, Scores, Spans, Window
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.plan import plans
@@ -143,7 +143,7 @@ class Counter:
         transport = transport_of(f"local:{world}")
         assert isinstance(transport, LocalTransport)
         self.transport, self.before = transport, list(transport.bytes_sent)
-        forward, backward, merge = Reference.forward, Reference.backward, engine.merge_
+        forward, backward, merge = Reference.forward, Reference.backward, passes.merge_
 
         def count_forward(kernel: Reference, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores):
             self.forward += len(spans)
@@ -159,7 +159,7 @@ class Counter:
 
         monkeypatch.setattr(Reference, "forward", count_forward)
         monkeypatch.setattr(Reference, "backward", count_backward)
-        monkeypatch.setattr(engine, "merge_", count_merge)
+        monkeypatch.setattr(passes, "merge_", count_merge)
 
     def bytes_sent(self) -> list[int]:
         """By each rank since the last time."""

@@ -73,11 +73,11 @@ def test_twice_in_one_graph(how: Recipe) -> None:
 def test_calls_share_no_memory(how: Recipe) -> None:
     """What a caller does to a result changes no later one; inputs stay as they are."""
     given = oracle.inputs(0, SIZES, SMALL)
-    rest = (*[None] * 6, SIZES[1], SIZES[2], SCALE, 0, str(how))
+    rest = ([None] * 6, SIZES[1:], SCALE, 0, str(how))
     answers = []
     for _ in range(2):
         out, lse = op(*given[:3], how)
-        grads = engine.attention_backward(given.d_out, None, *given[:3], out, lse, [], *rest, False)
+        grads = engine.attention_backward([given.d_out, *given[:3], out, lse], None, [], *rest, False)
         answers.append([x.clone() for x in (out, lse, *grads)])
         for x in (out, lse, *grads):
             assert all(x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() for y in given)
@@ -200,11 +200,11 @@ def test_opcheck(dtype: torch.dtype) -> None:
     ways = [((None, None, None), recipe()), ((cu, None, None), recipe()), ((cu, cu, slices), recipe())]
     ways.append(((None, None, None), recipe(transport="all_to_all")))
     for tables, how in ways:
-        rest = (*tables, *[None] * 3, 21, 21, SCALE, 0, str(how))
-        torch.library.opcheck(engine.attention, (*leaves(given), *rest), test_utils=utils)
-        out, lse, kept = engine.attention(*given[:3], *rest)
-        saved = (given.d_out, None, *given[:3], out, lse, kept)
-        torch.library.opcheck(engine.attention_backward, (*saved, *rest, False), test_utils=("test_schema", "test_faketensor"))
+        given_tables, rest = [*tables, None, None, None], (SCALE, 0, str(how))
+        torch.library.opcheck(engine.attention, (*leaves(given), *given_tables, 21, 21, *rest), test_utils=utils)
+        out, lse, kept = engine.attention(*given[:3], *given_tables, 21, 21, *rest)
+        saved = ([given.d_out, *given[:3], out, lse], None, kept, given_tables, [21, 21], *rest, False)
+        torch.library.opcheck(engine.attention_backward, saved, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_shard_of_the_wrong_size_is_refused() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core import engine
+from nnscaler_ring.core import engine, passes
 from nnscaler_ring.core.kernels.base import Case, Grad, Kernel, Scores, Spans, Window
 from nnscaler_ring.core.recipe import Recipe
 
@@ -54,14 +54,15 @@ def peak(run: Callable[[], object]) -> float:
 
 def peaks(monkeypatch: pytest.MonkeyPatch, **how: object) -> tuple[float, float]:
     """Of the forward pass and of the backward pass."""
-    monkeypatch.setattr(engine, "kernel_for", lambda *_: Nothing())
+    monkeypatch.setattr(passes, "kernel_for", lambda *_: Nothing())
     recipe = str(Recipe(group=f"pretend:{P}:{RANK}", **{"causal": True, **how}))  # type: ignore[arg-type]
     q, d_out = (torch.randn(1, 1, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.randn(1, ROWS, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
-    rest = (*[None] * 6, P, ROWS * P, 0.1, 0, recipe)
-    saved = engine.attention(q, k, v, *rest)
-    forward = peak(lambda: engine.attention(q, k, v, *rest))
-    backward = lambda: engine.attention_backward(d_out, None, q, k, v, *saved, *rest, False)  # noqa: E731
+    tables, total, rest = [None] * 6, (P, ROWS * P), (0.1, 0, recipe)
+    run = lambda: engine.attention(q, k, v, *tables, *total, *rest)  # noqa: E731
+    out, lse, kept = run()
+    forward = peak(run)
+    backward = lambda: engine.attention_backward([d_out, q, k, v, out, lse], None, kept, tables, total, *rest, False)  # noqa: E731
     backward()
     return forward, peak(backward)
 

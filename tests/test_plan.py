@@ -13,7 +13,8 @@ from nnscaler_ring.core.layout import Layout
 from nnscaler_ring.core.layouts import LAYOUTS, build
 from nnscaler_ring.core.mask import Mask
 from nnscaler_ring.core.mask import build as build_mask
-from nnscaler_ring.core.plan import TRANSPORTS, Calls, RankPlan, check_transport, choose, plan, plans
+from nnscaler_ring.core.plan import TRANSPORTS, check_transport, choose, plan, plans
+from nnscaler_ring.core.steps import Calls, RankPlan
 from tests.shapes import KINDS, WORLDS, random_mask
 
 CASES = 60

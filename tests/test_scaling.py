@@ -7,11 +7,12 @@ import time
 import numpy as np
 import pytest
 
+from nnscaler_ring.core.chains import rows_needed
 from nnscaler_ring.core.heads import deal, teams
 from nnscaler_ring.core.layouts import LAYOUTS, build
 from nnscaler_ring.core.mask import Mask
 from nnscaler_ring.core.mask import build as build_mask
-from nnscaler_ring.core.plan import TRANSPORTS, plan, plans, rows_needed, rows_sent
+from nnscaler_ring.core.plan import TRANSPORTS, plan, plans, rows_sent
 from nnscaler_ring.core.scaling import (
     NETWORKS,
     SPEEDS,

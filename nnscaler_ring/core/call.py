@@ -18,9 +18,11 @@ from torch import Tensor
 from . import engine, kernels
 from .layouts import check_layout
 from .mask import Mask, check_cu_seqlens, check_window
+from .passes import kernel_for
 from .plan import ALL_TO_ALL, check_transport
-from .recipe import Recipe, content, mask_of
-from .transport import GRID, is_grid, is_local, member_of
+from .recipe import Recipe, content, layout_of, mask_of
+from .scaling import Shape, best_transport, machine_of
+from .transport import GRID, is_grid, is_local, member_of, transport_of
 
 Group = dist.ProcessGroup | Sequence[int] | None
 """A process group, the global ranks of one, or None for the default group (this process alone where there is none)."""
@@ -97,7 +99,15 @@ class Rows:
     slices: Mask | None = None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, rows: Rows | None = None) -> Result:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    recipe: Recipe,
+    options: Options,
+    rows: Rows | None = None,
+    heads_may_travel: bool = False,
+) -> Result:
     """Check the arguments and run the op on this rank's rows.
 
     Args:
@@ -107,6 +117,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, ro
         recipe: layout, transport, kernel and group; the mask in it is that of `options`.
         options: the shared arguments.
         rows: which tokens these are.
+        heads_may_travel: transport ``auto`` may also be `ALL_TO_ALL`, where that is modelled to be clearly faster.
 
     Returns:
         out like q with head dim `Dv`; with `return_attn_probs` also the log-sum-exp ``[B, Hq, L]`` (``[Hq, T]``), natural log,
@@ -121,6 +132,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, ro
         text, total, tables = _in_graph(q, k, v, recipe, options, rows)
     else:
         recipe, total, tables = check(q, k, v, recipe, options, rows)
+        if heads_may_travel:
+            recipe = _with_transport(q, k, v, recipe, total, tables, options)
         text = str(recipe)
     packed = q.dim() == 3
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as kernels take them
@@ -133,6 +146,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, ro
     if packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse, None) if options.return_attn_probs else out
+
+
+def _with_transport(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    recipe: Recipe,
+    total: tuple[int, int],
+    tables: Sequence[Tensor | None],
+    options: Options,
+) -> Recipe:
+    """The recipe with the transport that suits the mask and the heads, where it is left open."""
+    transport = transport_of(recipe.group)
+    world = transport.world_size
+    if recipe.transport != "auto" or world == 1 or transport.inner > 1 or options.bias is not None:
+        return recipe  # a bias would travel with the heads
+    cu_q, cu_k, slices = (content(table) for table in tables)
+    mask = mask_of(recipe, *total, cu_q, cu_k, slices)
+    gradient = getattr(torch, recipe.reduce_dtype, None) or torch.promote_types(q.dtype, torch.float32)
+    sizes = {"heads": q.shape[-2], "heads_k": k.shape[-2], "dim": q.shape[-1], "dim_v": v.shape[-1]}
+    shape = Shape(**sizes, batch=q.shape[0] if q.dim() == 4 else 1, element=q.dtype.itemsize, gradient=gradient.itemsize)
+    held = layout_of(recipe.layout, total[0], world, cu_q)
+    return replace(recipe, transport=best_transport(mask, held, shape, *machine_of(q.device.type, world)))
 
 
 def _slopes(q: Tensor, options: Options) -> Tensor | None:
@@ -171,7 +207,7 @@ def whole_lengths(q: Tensor, k: Tensor, group: str, rows: Rows) -> tuple[int, in
 
 @torch.compiler.assume_constant_result
 def _num_shards(group: str) -> int:
-    return 1 if is_local(group) else engine.transport_of(group).world_size
+    return 1 if is_local(group) else transport_of(group).world_size
 
 
 @torch.compiler.assume_constant_result
@@ -218,10 +254,8 @@ def total_attention(q: Tensor, k: Tensor, lse: Tensor, recipe: Recipe, options: 
     scale = _scale(q, options)
     extras = (*tables, _slopes(q, options), options.bias, None)  # a sink is in the log-sum-exp
     wide = torch.promote_types(q.dtype, torch.float32)
-    _, _, totals = engine.attention_backward(
-        *(ones.to(wide), None, q.to(wide), k.to(wide), nothing.to(wide), torch.zeros_like(ones, dtype=wide), lse, []),
-        *(*extras, *total, scale, 0, str(recipe), False),
-    )
+    saved = [*(x.to(wide).contiguous() for x in (ones, q, k, nothing)), torch.zeros_like(ones, dtype=wide), lse]
+    _, _, totals = engine.attention_backward(saved, None, [], extras, total, scale, 0, str(recipe), False)
     return totals.squeeze(3).transpose(1, 2)
 
 
@@ -251,7 +285,7 @@ def check(
     slices = None if rows.slices is None else _slices(rows.slices, *total, recipe.parts)
     mask_of(recipe, *total, content(cu_q), content(cu_k), content(slices))
     _check_extras(q, k, options, total[1])
-    engine.kernel_for(recipe, q, k, v, {"alibi": options.alibi_slopes is not None, "bias": options.bias is not None})
+    kernel_for(recipe, q, k, v, {"alibi": options.alibi_slopes is not None, "bias": options.bias is not None})
     return recipe, total, (cu_q, cu_k, slices)
 
 

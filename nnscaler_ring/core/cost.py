@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .plan import RankPlan, Step
+from .steps import RankPlan, Step
 
 TILE = 128
 """Rows and keys of a tile."""

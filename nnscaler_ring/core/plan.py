@@ -1,9 +1,5 @@
 """Mask x layout x transport -> plan: which rows travel when, which attention calls run then. No tensors, no processes.
 
-A rank's walk has steps. In step 0 it reads its own key/value rows. Each later step has a *buffer* of rows that arrived from
-peers, and the calls that read it; the rows of a step's messages are rows of the buffer of the step before (ring: they are passed
-on) or of the own shard (everything else). Gradients of a buffer's rows go to whoever gets the rows next, or home if nobody does.
-
 Transports are rows of a table:
 
 ============  ==========================================================================================================
@@ -22,136 +18,18 @@ Transports are rows of a table:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, pairwise
 from types import MappingProxyType
 
 import numpy as np
 
-from .geometry import coalesce, distinct, join, overlaps, trim, union, visible, windows
+from .chains import chains_of, rows_needed
+from .geometry import coalesce, join, overlaps, trim, union, visible, windows
 from .layout import Layout
-from .mask import NO_LIMIT, Mask, band_area
-
-
-@dataclass(frozen=True, eq=False)
-class Message:
-    """Rows ``[n, 2]`` of a buffer, as ordered intervals, that go to or come from `peer` (a rank of the group)."""
-
-    peer: int
-    rows: np.ndarray
-
-    @property
-    def size(self) -> int:
-        return int((self.rows[:, 1] - self.rows[:, 0]).sum())
-
-
-@dataclass(frozen=True, eq=False)
-class Calls:
-    """Attention on several spans that share a window and no query row: one varlen kernel call.
-
-    Attributes:
-        window: ``(left, right)``, -1 for no limit, aligned at each span's last row and last key.
-        spans: ``[n, 4]`` ``(i0, i1, j0, j1)``: local query rows and buffer rows.
-        part: of the features of q and k.
-        blocks: ``[m, 3]`` ``(i0, i1, fresh)``: the spans' query rows with touching ones joined; `fresh` where no earlier call
-            wrote them, so that the result is stored and not merged.
-    """
-
-    window: tuple[int, int]
-    spans: np.ndarray
-    blocks: np.ndarray
-    part: int = 0
-
-    @property
-    def bands(self) -> np.ndarray:
-        """The spans as bands ``[n, 6]`` ``(i0, i1, j0, j1, low, high)`` over query rows and buffer rows."""
-        left, right = self.window
-        end = self.spans[:, 3] - self.spans[:, 1]
-        low = end - left if left >= 0 else np.full_like(end, -NO_LIMIT)
-        high = end + right if right >= 0 else np.full_like(end, NO_LIMIT)
-        return np.column_stack([self.spans, low, high])
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One step of a rank: `receive` fills the buffer of `size` rows, `calls` read it, `home` tells where its gradients end.
-
-    Several steps may fill one memory, end to end, for the calls of the last of them.
-
-    Attributes:
-        size: rows in the buffer (step 0: the own shard).
-        send: rows of the buffer before; a message to the rank itself is a copy.
-        receive: rows of this buffer.
-        at: where in its memory the buffer starts.
-        room: rows of the memory; 0 where it is that of the step before.
-        ends: the memory is full with this step: calls run, gradients leave.
-        calls: what runs then, on rows of the memory.
-        holds: ``[n, 4]`` ``(origin, lo, hi, start)``: which rows the memory then holds, and where.
-        relays: the next step passes rows of this buffer on, so their gradients go there; False: they went out from the shard.
-        home_send: rows of this buffer whose gradient goes to the rank that owns them.
-        home_receive: rows of the own shard whose gradient arrives.
-    """
-
-    size: int
-    send: tuple[Message, ...] = ()
-    receive: tuple[Message, ...] = ()
-    at: int = 0
-    room: int = 0
-    ends: bool = True
-    calls: tuple[Calls, ...] = ()
-    holds: np.ndarray = field(default_factory=lambda: np.empty((0, 4), dtype=np.int64))
-    relays: bool = False
-    home_send: tuple[Message, ...] = ()
-    home_receive: tuple[Message, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class RankPlan:
-    """What one rank does, forward and backward. Rows are key/value rows; multiply by bytes a row for traffic."""
-
-    rank: int
-    world_size: int
-    q_rows: int
-    k_rows: int
-    steps: tuple[Step, ...]
-
-    @property
-    def num_calls(self) -> int:
-        """Attention calls on one span each."""
-        return sum(len(calls.spans) for step in self.steps for calls in step.calls)
-
-    @property
-    def num_merges(self) -> int:
-        """Times that a result is merged into rows that an earlier call wrote."""
-        return sum(int((calls.blocks[:, 2] == 0).sum()) for step in self.steps for calls in step.calls)
-
-    @property
-    def rows_sent(self) -> int:
-        """Key/value rows that go to other ranks, in the forward pass and again in the backward pass."""
-        return sum(m.size for step in self.steps for m in step.send if m.peer != self.rank)
-
-    @property
-    def grad_rows_sent(self) -> int:
-        """Rows of dK/dV (fp32) that go to other ranks in the backward pass."""
-        onward = sum(m.size for a, b in zip(self.steps, self.steps[1:], strict=False) if a.relays for m in b.send)
-        return onward + sum(m.size for step in self.steps for m in step.home_send if m.peer != self.rank)
-
-    @property
-    def pairs(self) -> int:
-        """Visible (query, key) pairs that the rank computes: its work."""
-        return sum(int(band_area(*calls.bands.T).sum()) for step in self.steps for calls in step.calls)
-
-    def __str__(self) -> str:
-        lines = [
-            f"rank {self.rank} of {self.world_size}: {self.q_rows} query rows, {self.k_rows} key rows, {self.num_calls} calls, "
-            f"{self.num_merges} merges, {self.rows_sent} rows sent, {self.grad_rows_sent} gradient rows sent"
-        ]
-        for t, step in enumerate(self.steps):
-            moves = [f"{m.size} rows from rank {m.peer}" for m in step.receive]
-            spans = [f"q[{a}:{b}] x k[{c}:{d}] window {n.window}" for n in step.calls for a, b, c, d in n.spans[:4].tolist()]
-            lines.append(f"  step {t}: {', '.join(moves) or 'own rows'}; {', '.join(spans) or 'no call'}")
-        return "\n".join(lines)
+from .mask import Mask
+from .steps import Calls, Message, RankPlan, Step
 
 
 @dataclass(frozen=True)
@@ -232,7 +110,7 @@ def choose(mask: Mask, q: Layout, k: Layout) -> str:
 @lru_cache(maxsize=64)
 def rows_given(mask: Mask, q: Layout, k: Layout) -> np.ndarray:
     """Rows that each rank sends where its rows go straight to all their readers: int64 ``[world_size]``."""
-    chains = _chains(mask, q, k, False)
+    chains = chains_of(mask, q, k, False)
     sizes = chains.pieces[:, 3] - chains.pieces[:, 2]
     return np.bincount(chains.pieces[:, 0], sizes * chains.length, k.world_size).astype(np.int64)
 
@@ -377,134 +255,8 @@ def _turns(bands: np.ndarray) -> np.ndarray:
 # -- neighbour to neighbour: ring --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Chains:
-    """The way of all rows: from the rank that holds them to each reader in turn, in the order in which the ring comes to them.
-
-    Attributes:
-        direction: of the ring, +1 to higher ranks.
-        pieces: ``(origin, row, address, end)`` of rows that the same ranks read, in ascending address.
-        reads: bool ``[pieces, world - 1]``: whether the rank at a distance from the origin, 1 first, reads them.
-    """
-
-    direction: int
-    pieces: np.ndarray
-    reads: np.ndarray
-
-    @property
-    def steps(self) -> int:
-        """Readers of the row that most ranks read."""
-        return int(self.length.max(initial=0))
-
-    @cached_property
-    def length(self) -> np.ndarray:
-        """Readers of each piece."""
-        return self.reads.sum(1)
-
-    def rank_at(self, piece: np.ndarray, distance: np.ndarray) -> np.ndarray:
-        """The rank at a distance, counted from 0, on the way of each piece."""
-        return (self.pieces[piece, 0] + self.direction * (distance + 1)) % (self.reads.shape[1] + 1)
-
-    def seen_from(self, rank: int) -> tuple[np.ndarray, ...]:
-        """Of the pieces that `rank` reads: number, place in the chain from 1, the rank before, and the one after or -1."""
-        distance = (rank - self.pieces[:, 0]) * self.direction % (self.reads.shape[1] + 1) - 1
-        far = np.flatnonzero(distance >= 0)
-        piece = far[self.reads[far, distance[far]]]
-        reads, own = self.reads[piece], distance[piece, None]
-        columns = np.arange(reads.shape[1])
-        earlier, later = reads & (columns < own), reads & (columns > own)
-        place = earlier.sum(1) + 1
-        before = np.where(place > 1, self.rank_at(piece, reads.shape[1] - 1 - earlier[:, ::-1].argmax(1)), self.pieces[piece, 0])
-        after = np.where(later.any(1), self.rank_at(piece, later.argmax(1)), -1)
-        return piece, place, before, after
-
-    def sent_from(self, rank: int) -> tuple[np.ndarray, ...]:
-        """Of the pieces that `rank` holds and others read: number, the first reader and the last."""
-        piece = np.flatnonzero((self.pieces[:, 0] == rank) & (self.length > 0))
-        reads = self.reads[piece]
-        last = reads.shape[1] - 1 - reads[:, ::-1].argmax(1)
-        return piece, self.rank_at(piece, reads.argmax(1)), self.rank_at(piece, last)
-
-
-@lru_cache(maxsize=32)
-def _chains(mask: Mask, q: Layout, k: Layout, everything: bool) -> _Chains:
-    """The chains in the direction in which rows skip fewer ranks; with `everything` all ranks read all rows."""
-    world = k.world_size
-    if everything:
-        pieces = _cut(k, _addresses(k))
-        return _Chains(1, pieces, np.ones((len(pieces), world - 1), dtype=bool))
-    reader, lo, hi = _needs(mask, q, k)
-    pieces = _cut(k, np.concatenate([lo, hi]))
-    change = np.zeros((len(pieces) + 1, world), dtype=np.int8)
-    np.add.at(change, (np.searchsorted(pieces[:, 2], lo), reader), 1)
-    np.add.at(change, (np.searchsorted(pieces[:, 2], hi), reader), -1)
-    member = np.cumsum(change[:-1], axis=0, dtype=np.int8).astype(bool)
-    some = np.flatnonzero(member.sum(1) > member[np.arange(len(pieces)), pieces[:, 0]])  # read by others
-    pieces, member = pieces[some], member[some]
-    chains = []
-    for way in (-1, 1):
-        ranks = (pieces[:, :1] + way * np.arange(1, world)) % world
-        chains.append(_Chains(way, pieces, np.take_along_axis(member, ranks, axis=1)))
-
-    def skipped(chain: _Chains) -> int:
-        last = np.where(chain.reads.any(1), world - 1 - chain.reads[:, ::-1].argmax(1), 0)
-        return int(((pieces[:, 3] - pieces[:, 2]) * (last - chain.length)).sum())
-
-    return min(chains, key=skipped)
-
-
-def _cut(k: Layout, points: np.ndarray) -> np.ndarray:
-    """The runs of keys cut at addresses: pieces ``(origin, row, address, end)`` in ascending address."""
-    start = _addresses(k)
-    points = distinct(np.concatenate([points, start, start + k.runs[:, 2]]))
-    order = np.argsort(start)
-    run = order[np.searchsorted(start[order], points[:-1], side="right") - 1]
-    return np.column_stack([k.runs[run, 0], k.row0[run] + points[:-1] - start[run], points[:-1], points[1:]])
-
-
-# -- who needs what ----------------------------------------------------------------------------------------------------------
-# The address of a key row is its position where layouts have stride 1, so that what a rank reads is few intervals whoever holds
-# it; elsewhere the number of the row if all ranks' rows are counted through.
-
-
-def _addresses(k: Layout) -> np.ndarray:
-    """The address of each run's first row."""
-    return k.runs[:, 1] if k.stride == 1 else (np.cumsum(k.counts) - k.counts)[k.runs[:, 0]] + k.row0
-
-
-def _needs(mask: Mask, q: Layout, k: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What each rank reads, its own rows included: disjoint intervals of addresses ``(reader, lo, hi)``, by reader and place."""
-    if k.stride == 1:
-        rank, start, count = q.runs.T
-        q0, q1, k0, k1, lo, hi = mask.table.T
-        at_slice, at_q = overlaps(q0, q1, start, start + count)
-        i0, i1 = np.maximum(q0[at_slice], start[at_q]), np.minimum(q1[at_slice], (start + count)[at_q])
-        i0, i1, j0, j1, low, high = trim(i0, i1, k0[at_slice], k1[at_slice], lo[at_slice], hi[at_slice])
-        some = (i0 < i1) & (j0 < j1) & (low <= high)
-        reader, lo, hi = rank[at_q][some], j0[some], j1[some]
-    else:
-        bands = visible(mask, q, k)
-        base = (np.cumsum(k.counts) - k.counts)[bands[:, 1]]
-        reader, lo, hi = bands[:, 0], base + bands[:, 4], base + bands[:, 5]
-    reader, lo, hi, _ = union(reader, lo, hi, np.ones(len(reader), dtype=np.int64))
-    return reader, lo, hi
-
-
-@lru_cache(maxsize=64)
-def rows_needed(mask: Mask, q: Layout, k: Layout) -> np.ndarray:
-    """Key/value rows of others that each rank reads: int64 ``[world_size]``, what any exchange must bring at least."""
-    reader, lo, hi = _needs(mask, q, k)
-    start = _addresses(k)
-    span = k.length + 1
-    mine, theirs = overlaps(
-        reader * span + lo, reader * span + hi, k.runs[:, 0] * span + start, k.runs[:, 0] * span + start + k.runs[:, 2]
-    )
-    own = np.minimum(hi[mine], (start + k.runs[:, 2])[theirs]) - np.maximum(lo[mine], start[theirs])
-    return (np.bincount(reader, hi - lo, q.world_size) - np.bincount(reader[mine], own, q.world_size)).astype(np.int64)
-
-
 def _relayed(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) -> RankPlan:
-    chains = _chains(mask, q, k, transport.everything)
+    chains = chains_of(mask, q, k, transport.everything)
     q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
     # 1. what arrives at each step, in ascending address, and where in its memory
     piece, step, before, after = chains.seen_from(rank)
@@ -592,23 +344,6 @@ def _groups(last: int, grows: bool) -> list[tuple[int, int]]:
     """Hops ``first .. end - 1`` whose rows are read at once: one by one, or 1, 2, 4, ... of them."""
     firsts = [1 << n for n in range(last.bit_length())] if grows else list(range(1, last + 1))
     return list(pairwise([*firsts, last + 1]))
-
-
-@lru_cache(maxsize=1024)
-def among(plan: RankPlan, inner: int, place: int) -> RankPlan:
-    """The plan of a team, for the rank at `place` in it: ranks of the plan become ranks of the grid."""
-    if inner == 1:
-        return plan
-
-    def renamed(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        return tuple(replace(m, peer=m.peer * inner + place) for m in messages)
-
-    def moved(step: Step) -> Step:
-        send, receive, home = renamed(step.send), renamed(step.receive), renamed(step.home_send)
-        return replace(step, send=send, receive=receive, home_send=home, home_receive=renamed(step.home_receive))
-
-    steps = tuple(map(moved, plan.steps))
-    return replace(plan, rank=plan.rank * inner + place, world_size=plan.world_size * inner, steps=steps)
 
 
 def plans(mask: Mask, q: Layout, k: Layout, transport: str) -> Iterable[RankPlan]:

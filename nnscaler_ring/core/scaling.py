@@ -14,12 +14,14 @@ from types import MappingProxyType
 
 import numpy as np
 
+from .chains import rows_needed
 from .cost import TILE, step_tiles, tiles
 from .geometry import overlaps
 from .heads import Share, deal, teams
 from .layout import Layout
 from .mask import Mask
-from .plan import ALL_TO_ALL, RankPlan, Step, choose, plan, rows_given, rows_needed, rows_sent
+from .plan import ALL_TO_ALL, choose, plan, rows_given, rows_sent
+from .steps import RankPlan, Step
 
 
 @dataclass(frozen=True)

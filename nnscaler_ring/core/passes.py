@@ -1,0 +1,354 @@
+"""What one rank does, forward and backward: a plan made concrete, and the kernel calls of each step of its walk.
+
+The forward pass merges results, the backward pass adds up gradients; `walk` brings the rows and takes the gradients home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import kernels
+from .heads import Pack, Team, team_of, teams, to_heads, to_tokens
+from .kernels import Case, Grad, Kernel, Scores
+from .layout import Layout
+from .merge import merge_
+from .plan import ALL_TO_ALL, plan
+from .recipe import Recipe, content, layout_of, mask_of
+from .steps import Calls, RankPlan, Step, among
+from .transport import Exchange, LocalTransport, Transport, Wait, transport_of
+from .walk import Rows, Visit, staggered, walk
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A recipe made concrete: the plans and the transport of the ranks that this process drives; `inner` ranks share heads."""
+
+    recipe: Recipe
+    transport: Transport
+    inner: int
+    plans: Sequence[RankPlan]
+    q_layout: Layout
+    k_layout: Layout
+    scale: float
+    seed: int
+    documents: tuple[bytes | None, bytes | None]
+
+    @property
+    def local(self) -> bool:
+        return isinstance(self.transport, LocalTransport)
+
+    def shards(self, x: Tensor, rows: Layout, dim: int = 1) -> list[Tensor]:
+        """The rows of each rank that this process drives: `x` itself, or pieces of it where all ranks are here."""
+        if not self.local or self.transport.world_size == 1:
+            return [x]
+        return [x.index_select(dim, _index(rows, rank, x.device)) for rank in self.transport.ranks]
+
+    def whole(self, shards: Sequence[Tensor], rows: Layout, dim: int = 1) -> Tensor:
+        """The inverse of `shards`."""
+        if not self.local or self.transport.world_size == 1:
+            return shards[0]
+        order = torch.cat([_index(rows, rank, shards[0].device) for rank in self.transport.ranks])
+        return torch.cat(list(shards), dim).index_select(dim, torch.argsort(order))
+
+    def wire(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which gradients of keys and values of a dtype travel; sums are of `exact_dtype` dtype in any case."""
+        named: torch.dtype | None = getattr(torch, self.recipe.reduce_dtype, None)
+        return named or exact_dtype(dtype)
+
+    def teams(self, plan: RankPlan, heads: int, heads_k: int) -> tuple[Team, Team]:
+        """With whom a rank exchanges its queries, and its keys and values, for heads."""
+        q, k = (team_of(rows, self.inner, plan.rank, heads, heads_k) for rows in (self.q_layout, self.k_layout))
+        return q, k
+
+    def scores(self, plan: RankPlan, extras: Extras, device: torch.device) -> Scores:
+        """How scores of a rank's queries are made; where keys are, `key_positions` says."""
+        recipe = self.recipe
+        made = Scores(
+            scale=self.scale,
+            softcap=recipe.softcap,
+            alibi=extras.alibi,
+            bias=extras.bias,
+            dropout=recipe.dropout,
+            seed=self.seed,
+            batch0=recipe.batch0,
+            head0=recipe.head0 + extras.head0,
+        )
+        if not made.features & {"alibi", "bias", "dropout"}:
+            return made
+        at = teams(self.q_layout, self.inner).positions(plan.rank // self.inner)
+        q_at, ahead = (torch.from_numpy(x).to(device) for x in (at, self._ahead(at)))
+        return replace(made, q_at=q_at, ahead=ahead)
+
+    def _ahead(self, at: np.ndarray) -> np.ndarray:
+        """By how much the keys of each query's document run ahead: documents are aligned at their last tokens."""
+        cu_q, cu_k = self.documents
+        if cu_q is None:
+            return np.full(len(at), self.k_layout.length - self.q_layout.length)
+        q, k = (np.frombuffer(cu, dtype=np.int64) for cu in (cu_q, cu_q if cu_k is None else cu_k))
+        return (k - q)[np.searchsorted(q, at, side="right")]
+
+    def key_positions(self, plan: RankPlan, device: torch.device) -> dict[Step, Tensor]:
+        """The position of each row of each step's memory, on the device before the walk begins."""
+        held = teams(self.k_layout, self.inner)
+        steps = [step for step in plan.steps if step.calls]
+        origins = np.unique(np.concatenate([step.holds[:, 0] for step in steps])) if steps else ()
+        positions = {int(origin): held.positions(int(origin)) for origin in origins}
+        found = []
+        for step in steps:
+            at = np.zeros(int((step.holds[:, 2] - step.holds[:, 1]).sum()), dtype=np.int64)
+            for origin, lo, hi, start in step.holds.tolist():
+                at[start : start + hi - lo] = positions[origin][lo:hi]
+            found.append(at)
+        whole = torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.int64)
+        return dict(zip(steps, whole.to(device).split([len(at) for at in found]), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """What scores have of tensors besides q and k, for the heads of a rank.
+
+    Attributes:
+        alibi: slopes ``[B or 1, Hq]``.
+        bias: ``[Hq or 1, Lq, T]``.
+        sink: logits ``[Hq]`` of keys without values, one a head.
+        head0: the first of the heads.
+    """
+
+    alibi: Tensor | None
+    bias: Tensor | None
+    sink: Tensor | None
+    head0: int = 0
+
+
+def _index(rows: Layout, rank: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(rows.positions(rank)).to(device)
+
+
+def inner_of(recipe: Recipe, transport: Transport) -> int:
+    """How many ranks exchange tokens for heads; 1 for none."""
+    return transport.world_size if recipe.transport == ALL_TO_ALL else transport.inner
+
+
+def job_of(recipe: Recipe, total: tuple[int, int], tables: Sequence[Tensor | None], scale: float, seed: int = 0) -> Job:
+    transport = transport_of(recipe.group)
+    inner = inner_of(recipe, transport)
+    cu_q, cu_k, slices = (content(table) for table in tables)
+    seen = mask_of(recipe, *total, cu_q, cu_k, slices)
+    q_layout = layout_of(recipe.layout, total[0], transport.world_size, cu_q)
+    k_layout = layout_of(recipe.layout, total[1], transport.world_size, cu_q if cu_k is None else cu_k)
+    held, outer = (teams(q_layout, inner), teams(k_layout, inner)), "auto" if recipe.transport == ALL_TO_ALL else recipe.transport
+    plans = [among(plan(seen, *held, outer, rank // inner), inner, rank % inner) for rank in transport.ranks]
+    return Job(recipe, transport, inner, plans, q_layout, k_layout, scale, seed, (cu_q, cu_k))
+
+
+def _heads(stride: int, heads: int, heads_k: int, most: int) -> list[tuple[slice, slice]]:
+    """Query heads and key heads that are computed together; as many pieces as a rank with `most` key heads has."""
+    group, stride = heads // max(heads_k, 1), stride or max(most, 1)
+    cuts = [min(n, heads_k) for n in (*range(0, max(most, 1), stride), most)]
+    return [(slice(lo * group, hi * group), slice(lo, hi)) for lo, hi in pairwise(cuts)]
+
+
+def kernel_for(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, bool] = MappingProxyType({})) -> Kernel:
+    """The backend for q, k and v and for the `extras` that are there; NotImplementedError that says what each lacks for them."""
+    features = {"softcap": bool(recipe.softcap), "dropout": bool(recipe.dropout), **extras}
+    names = frozenset(name for name, there in features.items() if there)
+    sizes = (q.shape[-1] // recipe.parts, v.shape[-1], q.shape[-2], k.shape[-2])
+    return kernels.choose(recipe.kernel, Case(q.device.type, q.dtype, *sizes, recipe.deterministic, names))
+
+
+def _kernel(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Extras, d_lse: Tensor | None = None) -> Kernel:
+    there = {"alibi": extras.alibi, "bias": extras.bias, "d_lse": d_lse}
+    return kernel_for(recipe, q, k, v, {name: x is not None for name, x in there.items()})
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of partial results and gradients: fp32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+Forward = Generator[Exchange, Wait, tuple[Tensor, Tensor, list[Tensor]]]
+
+
+def forward(job: Job, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Forward:
+    """One rank's forward walk: out ``[B, Lq, Hq, Dv]`` and lse ``[B, Hq, Lq]`` of its rows, and what `backward` is to get back."""
+    if job.inner == 1:
+        return *(yield from _attend(job, plan, q, k, v, extras, k.shape[2])), []
+    q_team, k_team = job.teams(plan, q.shape[2], k.shape[2])
+    packs = [Pack(q_team, "q", [q]), Pack(k_team, "k", [k, v])]
+    extras, more = _of_share(extras, q_team, q.shape[2])
+    kept = yield from to_heads([*packs, *more])
+    (mine,), (keys, values) = (pack.split(rows) for pack, rows in zip(packs, kept, strict=False))
+    extras = _with_bias(extras, more, kept[2:])
+    out, lse = yield from _attend(job, plan, mine, k_team.repeat(keys), k_team.repeat(values), extras, k_team.most)
+    column = lse.transpose(1, 2).unsqueeze(3)
+    (all_out,), (all_lse,) = yield from to_tokens([Pack(q_team, "q", [x]) for x in (out, column)], [q.shape[2]] * 2)
+    return all_out, all_lse.squeeze(3).transpose(1, 2).contiguous(), [*kept[:2], out, lse, *kept[2:]]
+
+
+def _of_share(extras: Extras, team: Team, heads: int) -> tuple[Extras, list[Pack]]:
+    """The extras of a rank's share of heads; a bias, whose rows lie with the queries, travels with them as ``[1, L, Hq, T]``."""
+    first, end = team.share.q
+    alibi = None if extras.alibi is None else extras.alibi[:, first:end]
+    sink = None if extras.sink is None else extras.sink[first:end]
+    made = Extras(alibi, None, sink, extras.head0 + first)
+    if extras.bias is None:
+        return made, []
+    return made, [Pack(team, "q", [extras.bias.expand(heads, -1, -1).permute(1, 0, 2).unsqueeze(0)])]
+
+
+def _with_bias(extras: Extras, packs: Sequence[Pack], rows: Sequence[Tensor]) -> Extras:
+    """The extras with the bias of the share, ``[h, rows, T]``, where one has come."""
+    if not packs:
+        return extras
+    ((bias,),) = (pack.split(x) for pack, x in zip(packs, rows, strict=True))
+    return replace(extras, bias=bias.squeeze(0).permute(1, 0, 2))
+
+
+def _attend(
+    job: Job, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, extras: Extras, most: int
+) -> Generator[Exchange, Wait, tuple[Tensor, Tensor]]:
+    """The walk over key/value rows: out and lse of q's rows; `most` is the greatest number of key heads of a rank."""
+    exact = exact_dtype(q.dtype)
+    out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=exact if plan.num_merges or extras.sink is not None else q.dtype)
+    lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=exact)
+    scores = job.scores(plan, extras, q.device)
+    k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
+
+    def visit(heads: slice) -> Visit:
+        mine = scores.of_heads(heads)
+
+        def run(step: Step, k: Tensor, v: Tensor, grads: Rows | None) -> None:
+            here = replace(mine, k_at=k_at.get(step))
+            for calls in step.calls if k.shape[2] else ():
+                part = _features(calls, job.recipe, q)
+                result, its_lse = kernel.forward(q[:, :, heads, part], k[..., part], v, calls.spans, calls.window, here)
+                _store(calls, out[:, :, heads], lse[:, :, heads], result, its_lse.transpose(1, 2).unsqueeze(3))
+
+        return run
+
+    if k.shape[2]:
+        kernel = _kernel(job.recipe, q, k, v, extras)
+    split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
+    yield from staggered([walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), None) for hq, hk in split])
+    if extras.sink is not None:  # one more key, without a value
+        sink = extras.sink.to(exact).view(-1, 1)
+        out *= torch.sigmoid(lse - sink).nan_to_num_(nan=0.0)  # -inf less -inf: there is nothing
+        lse = torch.logaddexp(lse, sink)
+    return out.to(q.dtype), lse.squeeze(3).transpose(1, 2).contiguous()
+
+
+def _features(calls: Calls, recipe: Recipe, q: Tensor) -> slice:
+    """The features of q and k that make the scores of some calls."""
+    width = q.shape[3] // recipe.parts
+    return slice(calls.part * width, (calls.part + 1) * width)
+
+
+def _store(calls: Calls, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Store or merge the result of some calls, block by block of rows."""
+    start = 0
+    for i0, i1, fresh in calls.blocks.tolist():
+        rows, here = slice(i0, i1), slice(start, start + i1 - i0)
+        if fresh:
+            out[:, rows], lse[:, rows] = part[:, here], part_lse[:, here]
+        else:
+            merge_(out[:, rows], lse[:, rows], part[:, here], part_lse[:, here])
+        start += i1 - i0
+
+
+Saved = Sequence[Tensor]
+Gradients = Generator[Exchange, Wait, tuple[Tensor | None, ...]]
+
+
+def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept: Saved, extras: Extras, d_bias: bool) -> Gradients:
+    """One rank's backward walk over ``d_out, q, k, v, out, lse``: dq, dk, dv, d_bias and d_sink of its rows, None where not there.
+
+    With what the forward walk `kept`, all but d_out are empty and tell shapes only.
+    """
+    if job.inner == 1:
+        dq, dk, dv, *rest = yield from _differentiate_attend(job, plan, d_lse, saved, extras, d_bias, saved[2].shape[2])
+        assert dq is not None and dk is not None and dv is not None
+        return dq.to(saved[1].dtype), torch.empty_like(saved[2]).copy_(dk), torch.empty_like(saved[3]).copy_(dv), *rest
+    d_out, q, k, v, _, _ = saved
+    heads, bias, sink = q.shape[2], extras.bias, extras.sink
+    q_team, k_team = job.teams(plan, heads, k.shape[2])
+    d_lse = torch.zeros_like(d_out[..., 0], dtype=exact_dtype(q.dtype)).mT if d_lse is None else d_lse  # others may have one
+    packs = [Pack(q_team, "q", [d_out]), Pack(q_team, "q", [d_lse.mT.unsqueeze(3)])]
+    came = yield from to_heads(packs)
+    (d_mine,), (column,) = (pack.split(rows) for pack, rows in zip(packs, came, strict=True))
+    d_lse = column.squeeze(3).mT
+    (mine,), (keys, values) = Pack(q_team, "q", [q]).split(kept[0]), Pack(k_team, "k", [k, v]).split(kept[1])
+    extras, more = _of_share(extras, q_team, heads)
+    extras = _with_bias(extras, more, kept[4:])
+    read = (d_mine, mine, k_team.repeat(keys), k_team.repeat(values), *kept[2:4])
+    dq, dk, dv, d_rows, d_logits = yield from _differentiate_attend(job, plan, d_lse, read, extras, d_bias, k_team.most)
+    assert dq is not None and dk is not None and dv is not None
+    wire = job.wire(k.dtype) if k_team.shared else k.dtype
+    packs = [Pack(q_team, "q", [dq.to(q.dtype)]), Pack(k_team, "k", [k_team.add_repeats(x).to(wire) for x in (dk, dv)])]
+    if d_rows is not None:
+        packs.append(Pack(q_team, "q", [d_rows.permute(1, 0, 2).unsqueeze(0)]))
+    (dq,), (dk, dv), *d_biases = yield from to_tokens(packs, [heads, k.shape[2], heads][: len(packs)])
+    if bias is not None and d_biases:
+        d_rows = d_biases[0][0].squeeze(0).permute(1, 0, 2)
+        d_rows = d_rows.sum(0, keepdim=True) if bias.shape[0] == 1 else d_rows
+    if sink is not None and d_logits is not None:  # of the own heads; the others' are with their ranks
+        d_sink = torch.zeros_like(sink, dtype=d_logits.dtype)
+        d_sink[slice(*q_team.share.q)] = d_logits
+        d_logits = d_sink
+    return dq, dk.to(k.dtype), dv.to(v.dtype), d_rows, d_logits
+
+
+def _differentiate_attend(
+    job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, extras: Extras, wants_bias: bool, most: int
+) -> Gradients:
+    """The walk that undoes `_attend`: dq, dk, dv, d_bias and d_sink in the dtype of partial results."""
+    d_out, q, k, v, out, lse = saved
+    exact = exact_dtype(q.dtype)
+    dq, homes, walks = torch.zeros_like(q, dtype=exact), [], []
+    d_bias = torch.zeros_like(extras.bias, dtype=exact) if wants_bias and extras.bias is not None else None
+    scores = job.scores(plan, extras, q.device)
+    k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
+
+    def visit(heads: slice) -> Visit:
+        mine = scores.of_heads(heads)
+        whole = d_bias is None or d_bias.shape[0] == 1
+        bias = d_bias if whole or d_bias is None else d_bias[heads]
+
+        def run(step: Step, k: Tensor, v: Tensor, grads: Rows | None) -> None:
+            assert grads is not None
+            here = replace(mine, k_at=k_at.get(step))
+            read = (out[:, :, heads], d_out[:, :, heads], lse[:, heads])
+            of_lse = None if d_lse is None else d_lse[:, heads]
+            for calls in step.calls if k.shape[2] else ():
+                part = _features(calls, job.recipe, q)
+                sums = (dq[:, :, heads, part], grads.k[..., part], grads.v)
+                grad = Grad(q[:, :, heads, part], *read, *sums, job.recipe.deterministic, bias, of_lse)
+                kernel.differentiate(grad, k[..., part], v, calls.spans, calls.window, here)
+
+        return run
+
+    if k.shape[2]:
+        kernel = _kernel(job.recipe, q, k, v, extras, d_lse)
+    for hq, hk in _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most):
+        home = Rows.make(k.shape[1], k[:, :, hk], v[:, :, hk], exact)
+        home.data.zero_()
+        homes.append(home)
+        walks.append(walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), home, job.wire(k.dtype)))
+    yield from staggered(walks)
+    dk, dv = [home.k for home in homes], [home.v for home in homes]
+    d_sink = None if extras.sink is None else _of_sink(extras.sink, d_lse, d_out, out, lse)
+    return (dq, dk[0], dv[0], d_bias, d_sink) if len(homes) == 1 else (dq, torch.cat(dk, 2), torch.cat(dv, 2), d_bias, d_sink)
+
+
+def _of_sink(sink: Tensor, d_lse: Tensor | None, d_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """The gradient ``[Hq]`` of the logits of keys without values."""
+    exact = lse.dtype
+    delta = (d_out.to(exact) * out.to(exact)).sum(3).transpose(1, 2)
+    weight = torch.exp(sink.to(exact).view(-1, 1) - lse).nan_to_num_(nan=0.0)
+    return (weight * ((0.0 if d_lse is None else d_lse) - delta)).sum((0, 2))

@@ -1,0 +1,152 @@
+"""A plan's parts: messages, calls and steps of a rank. No tensors, no processes; `plan` makes them.
+
+A rank's walk has steps. In step 0 it reads its own key/value rows. Each later step has a *buffer* of rows that arrived from
+peers, and the calls that read it; the rows of a step's messages are rows of the buffer of the step before (ring: they are passed
+on) or of the own shard (everything else). Gradients of a buffer's rows go to whoever gets the rows next, or home if nobody does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+
+from .mask import NO_LIMIT, band_area
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """Rows ``[n, 2]`` of a buffer, as ordered intervals, that go to or come from `peer` (a rank of the group)."""
+
+    peer: int
+    rows: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return int((self.rows[:, 1] - self.rows[:, 0]).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Calls:
+    """Attention on several spans that share a window and no query row: one varlen kernel call.
+
+    Attributes:
+        window: ``(left, right)``, -1 for no limit, aligned at each span's last row and last key.
+        spans: ``[n, 4]`` ``(i0, i1, j0, j1)``: local query rows and buffer rows.
+        part: of the features of q and k.
+        blocks: ``[m, 3]`` ``(i0, i1, fresh)``: the spans' query rows with touching ones joined; `fresh` where no earlier call
+            wrote them, so that the result is stored and not merged.
+    """
+
+    window: tuple[int, int]
+    spans: np.ndarray
+    blocks: np.ndarray
+    part: int = 0
+
+    @property
+    def bands(self) -> np.ndarray:
+        """The spans as bands ``[n, 6]`` ``(i0, i1, j0, j1, low, high)`` over query rows and buffer rows."""
+        left, right = self.window
+        end = self.spans[:, 3] - self.spans[:, 1]
+        low = end - left if left >= 0 else np.full_like(end, -NO_LIMIT)
+        high = end + right if right >= 0 else np.full_like(end, NO_LIMIT)
+        return np.column_stack([self.spans, low, high])
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a rank: `receive` fills the buffer of `size` rows, `calls` read it, `home` tells where its gradients end.
+
+    Several steps may fill one memory, end to end, for the calls of the last of them.
+
+    Attributes:
+        size: rows in the buffer (step 0: the own shard).
+        send: rows of the buffer before; a message to the rank itself is a copy.
+        receive: rows of this buffer.
+        at: where in its memory the buffer starts.
+        room: rows of the memory; 0 where it is that of the step before.
+        ends: the memory is full with this step: calls run, gradients leave.
+        calls: what runs then, on rows of the memory.
+        holds: ``[n, 4]`` ``(origin, lo, hi, start)``: which rows the memory then holds, and where.
+        relays: the next step passes rows of this buffer on, so their gradients go there; False: they went out from the shard.
+        home_send: rows of this buffer whose gradient goes to the rank that owns them.
+        home_receive: rows of the own shard whose gradient arrives.
+    """
+
+    size: int
+    send: tuple[Message, ...] = ()
+    receive: tuple[Message, ...] = ()
+    at: int = 0
+    room: int = 0
+    ends: bool = True
+    calls: tuple[Calls, ...] = ()
+    holds: np.ndarray = field(default_factory=lambda: np.empty((0, 4), dtype=np.int64))
+    relays: bool = False
+    home_send: tuple[Message, ...] = ()
+    home_receive: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class RankPlan:
+    """What one rank does, forward and backward. Rows are key/value rows; multiply by bytes a row for traffic."""
+
+    rank: int
+    world_size: int
+    q_rows: int
+    k_rows: int
+    steps: tuple[Step, ...]
+
+    @property
+    def num_calls(self) -> int:
+        """Attention calls on one span each."""
+        return sum(len(calls.spans) for step in self.steps for calls in step.calls)
+
+    @property
+    def num_merges(self) -> int:
+        """Times that a result is merged into rows that an earlier call wrote."""
+        return sum(int((calls.blocks[:, 2] == 0).sum()) for step in self.steps for calls in step.calls)
+
+    @property
+    def rows_sent(self) -> int:
+        """Key/value rows that go to other ranks, in the forward pass and again in the backward pass."""
+        return sum(m.size for step in self.steps for m in step.send if m.peer != self.rank)
+
+    @property
+    def grad_rows_sent(self) -> int:
+        """Rows of dK/dV (fp32) that go to other ranks in the backward pass."""
+        onward = sum(m.size for a, b in zip(self.steps, self.steps[1:], strict=False) if a.relays for m in b.send)
+        return onward + sum(m.size for step in self.steps for m in step.home_send if m.peer != self.rank)
+
+    @property
+    def pairs(self) -> int:
+        """Visible (query, key) pairs that the rank computes: its work."""
+        return sum(int(band_area(*calls.bands.T).sum()) for step in self.steps for calls in step.calls)
+
+    def __str__(self) -> str:
+        lines = [
+            f"rank {self.rank} of {self.world_size}: {self.q_rows} query rows, {self.k_rows} key rows, {self.num_calls} calls, "
+            f"{self.num_merges} merges, {self.rows_sent} rows sent, {self.grad_rows_sent} gradient rows sent"
+        ]
+        for t, step in enumerate(self.steps):
+            moves = [f"{m.size} rows from rank {m.peer}" for m in step.receive]
+            spans = [f"q[{a}:{b}] x k[{c}:{d}] window {n.window}" for n in step.calls for a, b, c, d in n.spans[:4].tolist()]
+            lines.append(f"  step {t}: {', '.join(moves) or 'own rows'}; {', '.join(spans) or 'no call'}")
+        return "\n".join(lines)
+
+
+@lru_cache(maxsize=1024)
+def among(plan: RankPlan, inner: int, place: int) -> RankPlan:
+    """The plan of a team, for the rank at `place` in it: ranks of the plan become ranks of the grid."""
+    if inner == 1:
+        return plan
+
+    def renamed(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        return tuple(replace(m, peer=m.peer * inner + place) for m in messages)
+
+    def moved(step: Step) -> Step:
+        send, receive, home = renamed(step.send), renamed(step.receive), renamed(step.home_send)
+        return replace(step, send=send, receive=receive, home_send=home, home_receive=renamed(step.home_receive))
+
+    steps = tuple(map(moved, plan.steps))
+    return replace(plan, rank=plan.rank * inner + place, world_size=plan.world_size * inner, steps=steps)

@@ -1,0 +1,188 @@
+"""The only loop over ring steps: key/value rows go out ahead of time, gradients come home.
+
+A row of a buffer is all that a token has: keys of every batch row and head, then values. So any rows are one slice of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .steps import Message, RankPlan, Step
+from .transport import Exchange, Wait, Walk
+
+Visit = Callable[[Step, Tensor, Tensor, "Rows | None"], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Packed rows ``[n, B, Hk * (D + Dv)]`` of keys and values, or of their gradients."""
+
+    data: Tensor
+    heads: int
+    dims: tuple[int, int]
+
+    @classmethod
+    def make(cls, size: int, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
+        """Uninitialised rows for keys and values like k and v."""
+        width = k.shape[2] * (k.shape[3] + v.shape[3])
+        return cls(torch.empty(size, k.shape[0], width, dtype=dtype, device=k.device), k.shape[2], (k.shape[3], v.shape[3]))
+
+    @classmethod
+    def pack(cls, messages: Sequence[Message], k: Tensor, v: Tensor) -> Callable[[np.ndarray], Tensor]:
+        """`take` of the rows of ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]`` that messages are about, packed once for all of them."""
+        rows = [m.rows for m in messages if m.size]
+        first, end = min((int(r[0, 0]) for r in rows), default=0), max((int(r[-1, 1]) for r in rows), default=0)
+        packed = cls.make(end - first, k, v, k.dtype)
+        packed.k.copy_(k[:, first:end])
+        packed.v.copy_(v[:, first:end])
+        return lambda rows: packed.take(rows - first)
+
+    @property
+    def k(self) -> Tensor:
+        """``[B, n, Hk, D]`` view."""
+        return self.data[..., : self.heads * self.dims[0]].unflatten(-1, (self.heads, self.dims[0])).transpose(0, 1)
+
+    @property
+    def v(self) -> Tensor:
+        """``[B, n, Hk, Dv]`` view."""
+        return self.data[..., self.heads * self.dims[0] :].unflatten(-1, (self.heads, self.dims[1])).transpose(0, 1)
+
+    def part(self, step: Step) -> Rows:
+        """The buffer of a step in its memory."""
+        return Rows(self.data[step.at : step.at + step.size], self.heads, self.dims)
+
+    def zeros(self, dtype: torch.dtype) -> Rows:
+        """As many rows of zeros."""
+        return Rows(torch.zeros_like(self.data, dtype=dtype), self.heads, self.dims)
+
+    def take(self, rows: np.ndarray) -> Tensor:
+        """The rows of some intervals, contiguous: a view where it is one interval."""
+        parts = [self.data[lo:hi] for lo, hi in rows.tolist()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def put(self, rows: np.ndarray, data: Tensor, add: bool = False) -> None:
+        start = 0
+        for lo, hi in rows.tolist():
+            into, part = self.data[lo:hi], data[start : start + hi - lo]
+            _ = into.add_(part) if add else into.copy_(part)
+            start += hi - lo
+
+
+def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: Rows | None, wire: torch.dtype | None = None) -> Walk:
+    """One pass over the steps: key/value rows go out, gradients come home.
+
+    Args:
+        k, v: the own shard, ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]``.
+        visit: called with a step, its keys and values, and where to add their gradients.
+        home: where the gradients of the own shard are added; None in the forward pass.
+        wire: dtype in which gradients travel; that of `home` where None.
+    """
+    arriving = yield from _fetch(plan, 1, None, k, v)
+    visit(plan.steps[0], k, v, home)
+    settle: Callable[[Rows | None], None] = lambda grads: None  # noqa: E731
+    opened = 1
+    for t in range(1, len(plan.steps)):
+        memory, step = arriving(), plan.steps[t]
+        arriving = yield from _fetch(plan, t + 1, memory, k, v)
+        if not step.ends:
+            continue
+        grads = None if home is None else memory.zeros(home.data.dtype)
+        visit(step, memory.k, memory.v, grads)
+        del memory
+        if home is not None and grads is not None:
+            for s in range(opened, t + 1):
+                here = grads.part(plan.steps[s])
+                settle(here)  # adds what the ranks before have gathered for these rows
+                settle = yield from _send_home(plan, s, here, home, wire or home.data.dtype)
+        opened = t + 1
+    settle(None)
+
+
+def _fetch(plan: RankPlan, t: int, memory: Rows | None, k: Tensor, v: Tensor) -> Generator[Exchange, Wait, Callable[[], Rows]]:
+    """Start filling the buffer of step `t`; returns how to wait for its memory.
+
+    Ranks send rows of the buffer before, which is in `memory`, or of their own shard where that is None.
+    """
+    if t >= len(plan.steps):
+        return lambda: Rows.make(0, k, v, k.dtype)
+    step = plan.steps[t]
+    take = Rows.pack(step.send, k, v) if memory is None else memory.part(plan.steps[t - 1]).take
+    memory = memory if memory is not None and not step.room else Rows.make(step.room, k, v, k.dtype)
+    filled, buffer = memory, memory.part(step)
+    inbox = [
+        (m, buffer.data[slice(*m.rows[0])] if len(m.rows) == 1 else buffer.data.new_empty(m.size, *buffer.data.shape[1:]))
+        for m in step.receive
+    ]
+    outbox = [(m.peer, take(m.rows)) for m in step.send]
+    del take
+    wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in inbox])
+
+    def arrived() -> Rows:
+        wait()
+        for message, data in inbox:
+            data = next(x for peer, x in outbox if peer == plan.rank) if message.peer == plan.rank else data
+            if len(message.rows) > 1 or message.peer == plan.rank:
+                buffer.put(message.rows, data)
+        outbox.clear()
+        return filled
+
+    return arrived
+
+
+def _send_home(
+    plan: RankPlan, t: int, grads: Rows, home: Rows, wire: torch.dtype
+) -> Generator[Exchange, Wait, Callable[[Rows | None], None]]:
+    """Start sending the gradients of step `t`'s rows to whoever holds them next, or home; returns how to add what arrives."""
+    step, onward = plan.steps[t], plan.steps[t + 1 : t + 2] if plan.steps[t].relays else ()
+    own = [m for m in step.home_receive if m.peer == plan.rank]
+    for message, rows in zip((m for m in step.home_send if m.peer == plan.rank), own, strict=True):
+        home.put(rows.rows, grads.take(message.rows), add=True)
+    send = [m for m in (*step.home_send, *(m for s in onward for m in s.send)) if m.peer != plan.rank]
+    to_home = [(m, _empty_rows(grads, m, wire)) for m in step.home_receive if m.peer != plan.rank]
+    to_next = [(m, _empty_rows(grads, m, wire)) for s in onward for m in s.receive]
+    outbox = [(m.peer, grads.take(m.rows).to(wire)) for m in send]
+    wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in (*to_home, *to_next)])
+
+    def settle(following: Rows | None) -> None:
+        wait()
+        for message, data in to_home:
+            home.put(message.rows, data, add=True)
+        for message, data in to_next:
+            assert following is not None
+            following.put(message.rows, data, add=True)
+
+    return settle
+
+
+Mail = Sequence[tuple[int, Tensor]]
+
+
+def _to_others(plan: RankPlan, send: Mail, receive: Mail) -> Exchange:
+    """The messages that travel: not a rank's to itself, and none without content."""
+    return Exchange(*([(peer, x) for peer, x in mail if peer != plan.rank and x.numel()] for mail in (send, receive)))
+
+
+def _empty_rows(like: Rows, message: Message, wire: torch.dtype) -> Tensor:
+    return like.data.new_empty(message.size, *like.data.shape[1:], dtype=wire)
+
+
+def staggered(walks: Sequence[Walk]) -> Walk:
+    """Walks one after the other, each one's first exchange under way while the one before computes."""
+    starts: list[Wait | None] = []
+    for n in range(len(walks)):
+        for ahead in walks[len(starts) : n + 2]:
+            try:
+                starts.append((yield next(ahead)))
+            except StopIteration:
+                starts.append(None)
+        reply = starts[n]
+        while reply is not None:
+            try:
+                reply = yield walks[n].send(reply)
+            except StopIteration:
+                break
