@@ -4,6 +4,8 @@ The public surface on one page: ops for models (`ops`), per-rank functions under
 `ContextParallel`. The engine and its parts, for people who write a variant, are in `core`.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from . import plugin as plugin  # registers the ops where nnscaler is installed
 from .context import ContextParallel
 from .core.mask import Mask, Slice
@@ -36,6 +38,7 @@ from .functional import (
     zigzag_ring_flash_attn_varlen_kvpacked_func,
     zigzag_ring_flash_attn_varlen_qkvpacked_func,
 )
+from .integrations.substitute import substitute_hf_flash_attn, update_ring_flash_attn_params, use_ring_attn
 from .launch import cleanup_distributed, setup_mpi_distributed
 from .ops import (
     wrap_piecewise_attn_func,
@@ -48,7 +51,10 @@ from .ops import (
     wrap_zigzag_attn_func,
 )
 
-__version__ = "0.1.0.dev0"
+try:
+    __version__ = version("nnscaler-ring")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "ContextParallel",
@@ -78,6 +84,9 @@ __all__ = [
     "stripe_flash_attn_func",
     "stripe_flash_attn_kvpacked_func",
     "stripe_flash_attn_qkvpacked_func",
+    "substitute_hf_flash_attn",
+    "update_ring_flash_attn_params",
+    "use_ring_attn",
     "wrap_piecewise_attn_func",
     "wrap_ring_attn_func",
     "wrap_ring_attn_varlen_func",

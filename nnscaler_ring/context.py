@@ -45,6 +45,7 @@ class ContextParallel:
         kernel: ``auto``, or the name of a backend.
         reduce_dtype: dtype in which gradients of keys and values travel, for example ``torch.bfloat16`` for half the bytes; None
             for fp32 (float64 for float64). They are added up in fp32 in any case.
+        heads_k_stride: key heads that travel at once, for smaller buffers and more messages; 0 for all.
 
     Raises:
         ValueError: an unknown name (lists the known), a mesh of more than two dims, or a group that this process is not in.
@@ -63,12 +64,14 @@ class ContextParallel:
         transport: str = "auto",
         kernel: str = "auto",
         reduce_dtype: torch.dtype | None = None,
+        heads_k_stride: int = 0,
     ) -> None:
         name = _mesh_name(group_or_mesh) if isinstance(group_or_mesh, DeviceMesh) else group_name(group_or_mesh)
         if reduce_dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"reduce_dtype={reduce_dtype}: give a floating dtype of 2 bytes or more, or None for fp32")
         reduced = "" if reduce_dtype is None else str(reduce_dtype).removeprefix("torch.")
         self._recipe = Recipe(group=name, layout=name_of(layout), transport=transport, kernel=kernel, reduce_dtype=reduced)
+        self._recipe = replace(self._recipe, heads_stride=heads_k_stride)
         check_names(self._recipe)
         self._transport = transport_of(self._recipe.group)
         self._uneven = False  # the last shards given out were of different lengths

@@ -1,0 +1,1 @@
+"""Adapters to model libraries; each imports its library when it is used."""

@@ -1,0 +1,380 @@
+"""transformers: models of random weights over ranks have the logits, loss and gradients of each document alone on one device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import nnscaler_ring
+from nnscaler_ring import ContextParallel, substitute_hf_flash_attn, update_ring_flash_attn_params, use_ring_attn
+from nnscaler_ring.integrations import substitute
+from nnscaler_ring.integrations.transformers import Attention, next_token_loss, refuse_masks, register, registered
+
+transformers = pytest.importorskip("transformers", "4.48", reason="needs transformers >= 4.48")
+
+SMALL = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0}
+WINDOW = {"sliding_window": 5}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen3": ("Qwen3", {}),
+    "mistral": ("Mistral", WINDOW),
+    "gemma2": ("Gemma2", {**WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3", {**WINDOW, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gpt_oss": ("GptOss", {**WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1, "experts_implementation": "eager"}),
+}
+DOCUMENTS = (10, 1, 14)
+"""25 tokens: not a multiple of any number of ranks."""
+
+
+def has(family: str) -> bool:
+    return hasattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")
+
+
+def build(family: str, implementation: str = "eager", **changes: Any) -> Any:
+    """A model in float64 whose every weight says something; the same on every rank and for every implementation."""
+    name, more = FAMILIES[family]
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(**{**SMALL, **more, **changes})
+    config._attn_implementation = implementation
+    model = getattr(transformers, f"{name}ForCausalLM")(config).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.copy_(torch.randn(x.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return model
+
+
+def packed_row(documents: tuple[int, ...] = DOCUMENTS) -> dict[str, Tensor]:
+    ids = torch.randint(1, 48, (1, sum(documents)), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, 3] = -100
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.cat([torch.arange(n) for n in documents]).unsqueeze(0)}
+
+
+def each_alone(model: Any, row: dict[str, Tensor], documents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Logits and loss of documents that go through the model one by one."""
+    parts = [x.split(documents, 1) for x in (row["input_ids"], row["labels"])]
+    logits = [model(input_ids=ids, use_cache=False).logits for ids in parts[0]]
+    following = torch.cat([nn.functional.pad(x, (0, 1), value=-100)[:, 1:] for x in parts[1]], 1)
+    whole = torch.cat(logits, 1)
+    return whole, nn.functional.cross_entropy(whole.flatten(0, 1).float(), following.flatten())
+
+
+def close(name: str, got: Tensor, want: Tensor) -> None:
+    """Norms and rotary embeddings of transformers are in fp32."""
+    difference = (got - want).abs().max().item() / max(want.abs().max().item(), 1e-6)
+    assert difference < 3e-5, f"{name}: {difference:.1e}"
+
+
+def loss_of(result: Any, batch: dict[str, Any]) -> Tensor:
+    return next_token_loss(result.logits, batch) if result.loss is None else result.loss
+
+
+def compare(cp: ContextParallel, family: str, prepare: Callable[[Any], Any] = lambda model: model, **changes: Any) -> None:
+    """Logits, loss and the mean of the ranks' gradients against each document alone."""
+    model, row = build(family), packed_row()
+    want, want_loss = each_alone(model, row, DOCUMENTS)
+    want_loss.backward()
+    gradients = {name: x.grad for name, x in model.named_parameters()}
+    attention = Attention(cp)
+    shared = prepare(attention.apply(build(family, **changes)))
+    batch = attention.shard_batch(row)
+    result = shared(**batch, use_cache=False)
+    cu = batch["cu_seq_lens_q"]
+    close("logits", cp.unshard(result.logits, 1, cu, seq_len=want.shape[1]), want)
+    loss = loss_of(result, batch)
+    loss.backward()
+    total = loss.detach().clone()
+    reduced = isinstance(shared, DistributedDataParallel) or any(isinstance(x, DTensor) for x in shared.parameters())
+    if cp.world_size > 1:
+        dist.all_reduce(total)
+    close("loss", total / cp.world_size, want_loss.detach())
+    for name, x in shared.named_parameters():
+        grad = x.grad.full_tensor() if isinstance(x.grad, DTensor) else x.grad.clone()
+        if cp.world_size > 1 and not reduced:
+            dist.all_reduce(grad)
+            grad /= cp.world_size
+        close(name, grad, gradients[name.removeprefix("module.")])
+
+
+LAYOUTS = {"llama": "zigzag", "qwen3": "stripe", "mistral": "contiguous", "gemma2": "zigzag", "gemma3": "balanced"}
+LAYOUTS |= {"gpt_oss": "zigzag-per-document"}
+
+
+def on_ranks(rank: int, world_size: int, family: str) -> None:
+    compare(ContextParallel(dist.group.WORLD, layout=LAYOUTS[family]), family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_models_over_ranks(ranks: Any, world_size: int, family: str) -> None:
+    if not has(family):
+        pytest.skip(f"needs a transformers with {family}, this is {transformers.__version__}")
+    ranks(world_size).run(on_ranks, family)
+
+
+def test_what_the_models_ask_for_matters() -> None:
+    """The window, soft cap and sinks change these logits by far more than what the tests allow."""
+    row = packed_row((25,))
+    changes: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 6}, "gemma2": {"attn_logit_softcapping": None}}
+    for family, change in changes.items():
+        a, b = (build(family, **how)(input_ids=row["input_ids"]).logits for how in ({}, change))
+        assert (a - b).abs().max() > 1e-2 * a.abs().max(), family
+
+
+def checkpointed(model: Any, reentrant: bool) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of its name, since 5
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return model.train()
+
+
+def in_ddp(model: Any) -> Any:
+    return DistributedDataParallel(model)
+
+
+def in_fsdp(model: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WRAPPED: dict[str, Callable[[Any], Any]] = {"DDP": in_ddp, "FSDP2": in_fsdp}
+
+
+def wrapped(rank: int, world_size: int, how: str, layout: str) -> None:
+    cp = ContextParallel(dist.group.WORLD, layout=layout)
+    if how.startswith("checkpoint"):
+        compare(cp, "mistral", lambda model: checkpointed(model, how.endswith("reentrant")))
+    else:
+        compare(cp, "llama", WRAPPED[how])
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "checkpoint, reentrant", *WRAPPED])
+def test_training_wrappers(ranks: Any, how: str) -> None:
+    ranks(2).run(wrapped, how, "zigzag")
+
+
+def from_positions(rank: int, world_size: int) -> None:
+    """Documents are found from positions alone, once a forward pass."""
+    cp = ContextParallel(dist.group.WORLD, layout="zigzag")
+    documents = (9, 11, 4)
+    model, row = build("llama"), packed_row(documents)
+    want, _ = each_alone(model, row, documents)
+    attention = Attention(cp, "by_positions")
+    attention.apply(model)
+    mine = {name: cp.shard(row[name], 1) for name in ("input_ids", "position_ids")}
+    with mock.patch.object(ContextParallel, "unshard", autospec=True, side_effect=ContextParallel.unshard) as exchanged:
+        logits = model(**mine, use_cache=False).logits
+    assert exchanged.call_count == 1, "layers share what was found"
+    close("logits", cp.unshard(logits, 1), want)
+    told = []
+    for layout in ("zigzag", "contiguous", "stripe"):  # without positions a model counts each rank's tokens from 0
+        attention = Attention(ContextParallel(dist.group.WORLD, layout=layout), "untold")
+        attention.apply(model)
+        with pytest.raises(ValueError, match="Pass what shard_batch gives"):
+            model(input_ids=mine["input_ids"], use_cache=False)
+        told.append(layout)
+    assert len(told) == 3
+
+
+def test_documents_from_positions(ranks: Any) -> None:
+    ranks(2).run(from_positions)
+
+
+def whole_rows(rank: int, world_size: int) -> None:
+    """Batches of several rows, and padding at the end."""
+    cp = ContextParallel(dist.group.WORLD, layout="zigzag")
+    model, ids = build("mistral"), torch.randint(1, 48, (3, 23), generator=torch.Generator().manual_seed(2))
+    want = model(input_ids=ids, use_cache=False).logits
+    attention = Attention(cp, "rows")
+    attention.apply(model)
+    mask = torch.ones(3, 23, dtype=torch.int64)
+    mask[1, 20:] = 0
+    batch = attention.shard_batch({"input_ids": ids, "attention_mask": mask})
+    assert "attention_mask" not in batch and "labels" not in batch
+    got = cp.unshard(model(**batch, use_cache=False).logits, 1, seq_len=23)
+    close("logits", got[mask.bool()], want[mask.bool()])
+
+
+def test_batches_and_padding(ranks: Any) -> None:
+    ranks(2).run(whole_rows)
+
+
+def alone(**how: Any) -> tuple[Attention, Any]:
+    attention = Attention(ContextParallel(**how))
+    return attention, attention.apply(build("llama"))
+
+
+def test_a_model_made_with_the_name() -> None:
+    attention, _ = alone()
+    config = transformers.LlamaConfig(**SMALL)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.name)
+    assert model.config._attn_implementation == attention.name
+    if registered(attention.name)[1] is None:  # a transformers that makes masks in the model
+        model = attention.apply(model)
+    batch = attention.shard_batch(packed_row())
+    assert torch.isfinite(loss_of(model(**batch), batch))
+
+
+@pytest.mark.parametrize("op", ["wrap_zigzag_attn_func", "wrap_ring_attn_func"])
+def test_ops_of_a_compiler(op: str) -> None:
+    """A model that is cut by a compiler calls an op as for one device."""
+    model, row = build("mistral"), packed_row()
+    want, _ = each_alone(model, row, DOCUMENTS)
+    attention = Attention(getattr(nnscaler_ring, op), "op")
+    attention.apply(model)
+    close("logits", model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits, want)
+    with pytest.raises(ValueError, match="takes whole batches"):
+        attention.shard_batch(row)
+
+
+def test_compiled_without_a_break() -> None:
+    attention, model = alone(layout="zigzag")
+    batch = {name: x for name, x in attention.shard_batch(packed_row()).items() if "label" not in name and "num" not in name}
+    want = model(**batch, use_cache=False).logits
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(**batch, use_cache=False).logits
+    close("logits", got, want)
+
+
+def test_bad_batches_are_refused() -> None:
+    attention, _ = alone()
+    ids = torch.ones(2, 6, dtype=torch.int64)
+    left = torch.tensor([[0, 1, 1, 1, 1, 1]] * 2)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("no input_ids or inputs_embeds", {"labels": ids}),
+        ("labels has shape", {"input_ids": ids, "labels": ids[:, 1:]}),
+        ("padding before tokens", {"input_ids": ids, "attention_mask": left}),
+        (r"give \[B, S\]", {"input_ids": ids, "attention_mask": left[:, None, None]}),
+        ("equal rows", {"input_ids": ids, "position_ids": positions}),
+        ("neither go on by 1", {"input_ids": ids, "position_ids": positions[:1] * 2}),
+    ]
+    for message, batch in cases:
+        with pytest.raises(ValueError, match=message):
+            attention.shard_batch(batch)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        attention.shard_batch({"input_ids": ids}, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32))
+
+
+def test_what_layers_ask_in_vain() -> None:
+    attention, model = alone()
+    ids, layer = packed_row()["input_ids"], model.model.layers[0].self_attn
+    with pytest.raises(ValueError, match="an attention_mask"):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    q = torch.randn(1, 4, 6, 8)
+    with pytest.raises(ValueError, match="generation with a cache"):
+        attention(layer, q[:, :, -1:], q, q, None)
+    with pytest.raises(NotImplementedError, match="output_attentions"):
+        attention(layer, q, q, q, None, output_attentions=True)
+    with pytest.raises(NotImplementedError, match="without a causal mask"):
+        attention(layer, q, q, q, None, is_causal=False, sliding_window=3)
+    with pytest.raises(NotImplementedError, match="position_ids of shape"):
+        attention(layer, q, q, q, None, position_ids=torch.zeros(3, 1, 6, dtype=torch.int64))
+    with pytest.raises(NotImplementedError, match="'chunked_attention'"):
+        other = nn.Module()
+        other.config, other.layer_idx = mock.Mock(layer_types=["chunked_attention"]), 0  # type: ignore[assignment]
+        attention(other, q, q, q, None)
+    with pytest.raises(NotImplementedError, match="a mask function"):
+        refuse_masks(use_vmap=True)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    attention.shard_batch({"input_ids": torch.ones(1, 6, dtype=torch.int64), "attention_mask": mask})
+    with pytest.raises(NotImplementedError, match="padding without a causal mask"):
+        attention(layer, q, q, q, None, is_causal=False)
+
+
+def test_what_was_said_is_kept_for_a_few_batches() -> None:
+    attention, model = alone()
+    for _ in range(20):
+        attention.shard_batch(packed_row())
+    assert len(attention._known) <= 8
+    with torch.inference_mode():  # whose tensors have no versions
+        batch = attention.shard_batch(packed_row())
+        batch = {name: batch[name] for name in ("input_ids", "position_ids")}
+        assert model(**batch, use_cache=False).logits.shape[1] == sum(DOCUMENTS)
+
+
+def last_loss(world_size: int, *options: str) -> float:
+    """Of the example."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    command += [str(root / "examples/finetune_transformers.py"), "--steps", "3", "--seq-len", "501", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
+def test_the_example() -> None:
+    want = last_loss(1)
+    assert abs(last_loss(2) - want) < 1e-4
+    assert abs(last_loss(2, "--layout", "balanced", "--fsdp") - want) < 1e-4
+
+
+# -- ring-flash-attention's names ----------------------------------------------------------------------------------------------
+
+
+def substituted(rank: int, world_size: int, family: str, stride: int) -> None:
+    """A model with flash attention shares packed rows over a group; contiguous parts, as its users cut them."""
+    name = "flash_attention_2"
+    before = registered(name)
+    documents = (10, 1, 13)
+    model, row = build(family), packed_row(documents)
+    want, _ = each_alone(model, row, documents)
+    try:
+        substitute_hf_flash_attn(dist.group.WORLD, stride)
+        own = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+        assert own[name] is not before[0] and "ring_flash_attn" in own
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config._attn_implementation = name
+        half = slice(rank * 24 // world_size, (rank + 1) * 24 // world_size)
+        mine = {key: row[key][:, half] for key in ("input_ids", "position_ids")}
+        with pytest.raises(ValueError, match="update_ring_flash_attn_params"):
+            model(**mine, use_cache=False)
+        cu = torch.tensor([0, 10, 11, 24], dtype=torch.int32)
+        update_ring_flash_attn_params(cu, dist.group.WORLD)
+        logits = model(**mine, use_cache=False).logits
+        close("logits", ContextParallel(dist.group.WORLD).unshard(logits, 1), want)
+        use_ring_attn(False)
+        called = []
+        with mock.patch.dict(substitute._BEFORE, {name: (lambda *a, **k: called.append(1), None)}):
+            substitute_hf_flash_attn(dist.group.WORLD, stride)
+            with pytest.raises(TypeError):
+                model(**mine, use_cache=False)
+        assert called == [1], "what was there before is called"
+    finally:
+        use_ring_attn(True)
+        substitute._BOUNDARIES.clear()
+        register(name, *before)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stride", [0, 1])
+def test_substitute(ranks: Any, stride: int) -> None:
+    ranks(2).run(substituted, "mistral", stride)
+
+
+def test_substitute_refuses_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        update_ring_flash_attn_params(torch.tensor([0, 9, 4], dtype=torch.int32), None)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        update_ring_flash_attn_params(torch.tensor([0], dtype=torch.int32), None)
+    with pytest.raises(ValueError, match="heads_k_stride"):
+        substitute_hf_flash_attn(None, -1)
