@@ -16,7 +16,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint format docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ format: $(VENV)/.lint ## rewrite the files the way lint wants them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+docs: $(VENV)/.docs ## build the documentation in out/site, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 bench: $(VENV)/.demo ## run the benchmarks and print their results; ARGS go to them
 	$(PY) -m benchmarks $(ARGS)
 
@@ -54,7 +57,7 @@ $(VENV)/torch.txt:
 	$(PY) -c 'import torch; assert torch.__version__ >= "2.6"' 2>/dev/null || $(PIP) install $(TORCH)
 	$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$@
 
-# This package with one of its extras: .demo, .test, .lint.
+# This package with one of its extras: .demo, .test, .lint, .docs.
 $(VENV)/.%: $(VENV)/torch.txt setup.cfg pyproject.toml
 	$(PIP) install --quiet --constraint $< --editable '.[$*]'
 	@touch $@

@@ -82,6 +82,7 @@ def cut(**parts: int) -> Policy:
 
 def _apply(graph: Any, config: Any, parts: Mapping[str, int]) -> Any:
     from nnscaler.graph.function.anchor import IRGraphAnchor
+    from nnscaler.graph.function.pyfunc import IRPyFunc
     from nnscaler.ir.operator import IRDataOperation, IRFwOperation
 
     _recompute(graph, config)
@@ -95,7 +96,7 @@ def _apply(graph: Any, config: Any, parts: Mapping[str, int]) -> Any:
     plans = follow([node for nodes in of_stage for node in nodes], parts)
     for stage, nodes in enumerate(of_stage):
         for node in nodes:
-            if node.name != "multiref":  # nnscaler cuts these itself, as their consumers are
+            if node.name != "multiref" and not isinstance(node, IRPyFunc):  # nnscaler places these itself
                 _place(graph, node, parts, plans.get(id(node), {}), range(stage * devices, (stage + 1) * devices))
     for node in graph.select(ntype=IRDataOperation):
         _place(graph, node, {}, {}, range(config.plan_ngpus))

@@ -8,6 +8,7 @@ one, and gives boundaries of packed documents and positions along. Nothing is ke
 from __future__ import annotations
 
 import inspect
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,6 +49,8 @@ class Attention:
         self._padded = False
         self._known: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
         register(name, self, refuse_masks)
+        if not isinstance(target, ContextParallel) and "nnscaler" in sys.modules:
+            _let_nnscaler_trace()
 
     def __repr__(self) -> str:
         return f"Attention({self.target!r}, name={self.name!r})"
@@ -320,6 +323,32 @@ def register(name: str, function: Callable[..., Any], mask: Callable[..., Any]) 
     except ImportError:  # before 4.53
         return
     _table(ALL_MASK_ATTENTION_FUNCTIONS)[name] = mask
+
+
+def _let_nnscaler_trace() -> None:
+    """Give nnscaler's tracer, which reads the source of each function, what it misses in transformers 5; behaviour stays.
+
+    The table of implementations takes two methods from `collections.abc`, whose source Python does not know; and a class is
+    imported for type checkers only.
+    """
+    try:
+        from transformers.utils import output_capturing
+        from transformers.utils.generic import GeneralInterface
+    except ImportError:  # before 5
+        return
+    from transformers import PreTrainedModel
+
+    table: Any = GeneralInterface
+    table.get, table.__contains__ = _get, _contains
+    vars(output_capturing).setdefault("PreTrainedModel", PreTrainedModel)
+
+
+def _get(self: Any, key: str, default: Any = None) -> Any:
+    return self[key] if key in self else default  # noqa: SIM401
+
+
+def _contains(self: Any, key: object) -> bool:
+    return key in self._local_mapping or key in self._global_mapping
 
 
 def registered(name: str) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
