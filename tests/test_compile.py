@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import nnscaler_ring as nr
@@ -105,6 +108,41 @@ def on_a_group(rank: int, world_size: int) -> list[str]:
 
 def test_on_a_group(ranks) -> None:
     no_faults(ranks(2).run(on_a_group))
+
+
+def on_dtensors(rank: int, world_size: int, shape: tuple[int, ...], placements: tuple[Shard, ...]) -> list[str]:
+    mesh, faults = init_device_mesh("cpu", shape), []
+    ops: dict[str, Call] = {
+        "ring": nr.wrap_ring_attn_func,
+        "zigzag lse": lambda q, k, v: nr.wrap_zigzag_attn_func(q, k, v, return_attn_probs=True)[:2],
+        "stripe": nr.wrap_stripe_attn_func,
+        "ulysses": nr.wrap_ulysses_attn_func,
+        "window": lambda q, k, v: nr.wrap_sliding_window_attn_func(q, k, v, 3),
+    }
+    if len(shape) == 1:
+        ops["dropout"] = lambda q, k, v: nr.wrap_ring_attn_func(q, k, v, dropout_p=0.3, dropout_seed=7)
+    for name, call in ops.items():
+        tensors = [distribute_tensor(x.detach(), mesh, placements) for x in given(24)]
+        torch._dynamo.reset()
+        answers = []
+        for run in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            found = run(*leaves)
+            found = found if isinstance(found, tuple) else (found,)
+            grads = torch.autograd.grad([x.full_tensor().square().sum() for x in found], leaves)
+            answers.append([x.full_tensor().detach() for x in (*found, *grads)])
+        same = [torch.allclose(a, b, rtol=1e-11, atol=1e-12) for a, b in zip(*answers, strict=True)]
+        faults += [] if all(same) else [f"{name}: {same}"]
+    return faults
+
+
+@pytest.mark.parametrize(
+    ("shape", "placements"),
+    [((2,), (Shard(1),)), ((2, 2), (Shard(1), Shard(2))), ((2, 2), (Shard(0), Shard(1)))],
+    ids=["sequence", "sequence x heads", "batch x sequence"],
+)
+def test_on_dtensors(ranks, shape: tuple[int, ...], placements: tuple[Shard, ...]) -> None:
+    no_faults(ranks(math.prod(shape)).run(on_dtensors, shape, placements))
 
 
 def test_selective_checkpointing_saves_the_op() -> None:
