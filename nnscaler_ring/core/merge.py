@@ -24,7 +24,7 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
         kernel(out, lse, block_out, block_lse)
         return
     weight = torch.sigmoid(block_lse - lse).nan_to_num_(nan=0.0)  # -inf less -inf: neither has seen anything
-    out.lerp_(block_out.to(out.dtype), weight)
+    out.lerp_(block_out.to(out.dtype), weight.to(out.dtype))
     lse.copy_(torch.logaddexp(lse, block_lse))
 
 

@@ -225,7 +225,7 @@ def _attend(
         mine = scores.of_heads(heads)
 
         def run(step: Step, k: Tensor, v: Tensor, grads: Rows | None) -> None:
-            here = replace(mine, k_at=k_at.get(step))
+            here = replace(mine, k_at=k_at.get(step)) if k_at else mine
             for calls in step.calls if k.shape[2] else ():
                 part = _features(calls, job.recipe, q)
                 result, its_lse = kernel.forward(q[:, :, heads, part], k[..., part], v, calls.spans, calls.window, here)
@@ -322,7 +322,7 @@ def _differentiate_attend(
 
         def run(step: Step, k: Tensor, v: Tensor, grads: Rows | None) -> None:
             assert grads is not None
-            here = replace(mine, k_at=k_at.get(step))
+            here = replace(mine, k_at=k_at.get(step)) if k_at else mine
             read = (out[:, :, heads], d_out[:, :, heads], lse[:, heads])
             of_lse = None if d_lse is None else d_lse[:, heads]
             for calls in step.calls if k.shape[2] else ():

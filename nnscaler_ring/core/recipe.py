@@ -56,6 +56,7 @@ class Recipe:
         """In how many the features of q and k are divided."""
         return 1 if self.far is None else 2
 
+    @lru_cache(maxsize=4096)  # noqa: B019
     def __str__(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 

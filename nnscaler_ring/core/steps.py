@@ -8,7 +8,7 @@ on) or of the own shard (everything else). Gradients of a buffer's rows go to wh
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -97,12 +97,12 @@ class RankPlan:
     k_rows: int
     steps: tuple[Step, ...]
 
-    @property
+    @cached_property
     def num_calls(self) -> int:
         """Attention calls on one span each."""
         return sum(len(calls.spans) for step in self.steps for calls in step.calls)
 
-    @property
+    @cached_property
     def num_merges(self) -> int:
         """Times that a result is merged into rows that an earlier call wrote."""
         return sum(int((calls.blocks[:, 2] == 0).sum()) for step in self.steps for calls in step.calls)
