@@ -24,7 +24,7 @@ import torch
 
 from . import __version__, pictures, rows
 from .core import layouts
-from .core.kernels import KERNELS, Case
+from .core.kernels import KERNELS, Case, Kernel, choose
 from .core.mask import Mask, build, check_cu_seqlens
 from .core.plan import ALL_TO_ALL, TRANSPORTS
 from .core.scaling import NETWORKS, SPEEDS, Shape
@@ -432,36 +432,71 @@ def _kernels(options: argparse.Namespace) -> None:
     if options.heads % options.heads_k:
         options.parser.error(f"--heads {options.heads} is no multiple of --heads-k {options.heads_k}")
     made = [_verdict(options, device, dtype, name) for device, dtype, name in product(options.device, options.dtype, KERNELS)]
+    chosen = {device: {dtype: _auto(options, device, dtype) for dtype in options.dtype} for device in options.device}
     if options.json:
-        print(json.dumps({"version": __version__, "torch": torch.__version__, "kernels": made}, indent=2))
+        print(json.dumps({"version": __version__, "torch": torch.__version__, "kernels": made, "auto": chosen}, indent=2))
         return
     dims = options.head_dim, options.head_dim_v or options.head_dim
     print(f"torch {torch.__version__}; {options.heads} heads, {options.heads_k} key heads, head dims {dims[0]} and {dims[1]}\n")
     notes = dict[str, int]()
     lines = [("device", "kernel", *options.dtype)]
-    for device, name in product(options.device, KERNELS):
-        cells = [each for each in made if (each["device"], each["kernel"]) == (device, name)]
-        marks = ["yes" if each["usable"] else f"no ({notes.setdefault(each['why_not'], len(notes) + 1)})" for each in cells]
-        lines.append((device, name, *marks))
+    for device in options.device:
+        lines.append((device, "auto", *(picked or "-" for picked in chosen[device].values())))
+        for name in KERNELS:
+            cells = [each for each in made if (each["device"], each["kernel"]) == (device, name)]
+            for row, whys in _rows_of(name, cells).items():
+                marks = [f"no ({notes.setdefault(why, len(notes) + 1)})" if why else "yes" for why in whys]
+                lines.append((device, row, *marks))
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     print("\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines))
     print("".join(f"\n({number}) {why}" for why, number in notes.items()))
 
 
-def _verdict(options: argparse.Namespace, device: str, dtype: str, name: str) -> dict[str, Any]:
-    """Whether the backends called `name` can, or what each lacks."""
-    lacking = [_missing(device)] if _missing(device) else []
+def _rows_of(name: str, cells: Sequence[dict[str, Any]]) -> dict[str, list[str | None]]:
+    """A kernel's rows of the table, and what each lacks by dtype: one, or one for each version of its library."""
+    if "versions" not in cells[0]:
+        return {name: [each["why_not"] for each in cells]}
+    return {f"{name} ({version})": [each["versions"][version] for each in cells] for version in cells[0]["versions"]}
+
+
+def _case(options: argparse.Namespace, device: str, dtype: str) -> Case:
     dims = (options.head_dim, options.head_dim_v or options.head_dim)
-    case = Case(device, getattr(torch, dtype), *dims, options.heads, options.heads_k, options.deterministic)
-    usable = False
-    for kernel in () if lacking else KERNELS[name]:
-        try:
-            kernel.check(case)
-            usable = True
-        except (NotImplementedError, ImportError, RuntimeError) as why:
-            lacking.append(str(why))
-    why_not = None if usable else "; ".join(dict.fromkeys(lacking))
-    return {"device": device, "dtype": dtype, "kernel": name, "usable": usable, "why_not": why_not}
+    return Case(device, getattr(torch, dtype), *dims, options.heads, options.heads_k, options.deterministic)
+
+
+def _auto(options: argparse.Namespace, device: str, dtype: str) -> str | None:
+    """What ``auto`` picks, or None where the device is not there."""
+    if _missing(device):
+        return None
+    kernel = choose("auto", _case(options, device, dtype))
+    return kernel.label or kernel.name
+
+
+def _verdict(options: argparse.Namespace, device: str, dtype: str, name: str) -> dict[str, Any]:
+    """Whether the backends called `name` can, or what each for this device lacks."""
+    case = _case(options, device, dtype)
+    said = [(kernel.label, _missing(device) or _lacks(kernel, case)) for kernel in KERNELS[name]]
+    lacking = list(dict.fromkeys(why for _, why in said))
+    here = [why for why in lacking if not why.endswith(f"the tensors are on {device}")]
+    usable = "" in lacking
+    made = {
+        "device": device,
+        "dtype": dtype,
+        "kernel": name,
+        "usable": usable,
+        "why_not": None if usable else "; ".join(here or lacking),
+    }
+    versions = {label: why or None for label, why in said if label}
+    return {**made, "versions": versions} if versions else made
+
+
+def _lacks(kernel: Kernel, case: Case) -> str:
+    """What it lacks, or nothing."""
+    try:
+        kernel.check(case)
+    except (NotImplementedError, ImportError, RuntimeError) as why:
+        return str(why)
+    return ""
 
 
 def _missing(device: str) -> str:

@@ -118,9 +118,13 @@ def check_forward(kernel: Kernel, p: Problem, tolerance: float) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("kernel", BACKENDS)
 def test_a_gradient_of_the_log_sum_exp(kernel: Kernel, dtype: torch.dtype, device: torch.device) -> None:
-    """It adds its weighted self to the gradients of q and k, and nothing to that of v."""
     heads = (4, 2, 8, 6)
     checked(kernel, device, dtype, heads)
+    check_lse_gradient(kernel, dtype, device, heads)
+
+
+def check_lse_gradient(kernel: Kernel, dtype: torch.dtype, device: torch.device, heads: tuple[int, int, int, int]) -> None:
+    """It adds its weighted self to the gradients of q and k, and nothing to that of v."""
     for window, name in (((-1, -1), "inside"), ((-1, 0), "documents"), ((2, 1), "inside")):
         p = problem(SPANS[name], window, heads, dtype, device)
         d_lse = torch.randn(2, heads[0], ROWS, generator=torch.Generator().manual_seed(3)).to(device)
@@ -191,6 +195,7 @@ LONG = [
     ((900, 900), (200, 0)),
     ((1300, 1500), (700, 150)),
     ((700, 2000), (1300, 0)),
+    ((1100, 1300), (-1, -1)),
 ]
 
 

@@ -217,8 +217,9 @@ def _attend(
     """The walk over key/value rows: out and lse of q's rows; `most` is the greatest number of key heads of a rank."""
     exact = exact_dtype(q.dtype)
     out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=exact if plan.num_merges or extras.sink is not None else q.dtype)
-    lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=exact)
-    scores = job.scores(plan, extras, q.device)
+    summed = torch.float64 if plan.num_merges and q.device.type != "xpu" else exact  # no rounding a merge; not every XPU has it
+    lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=summed)
+    scores = replace(job.scores(plan, extras, q.device), merged=plan.num_merges > 0)
     k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
 
     def visit(heads: slice) -> Visit:
@@ -241,7 +242,7 @@ def _attend(
         sink = extras.sink.to(exact).view(-1, 1)
         out *= torch.sigmoid(lse - sink).nan_to_num_(nan=0.0)  # -inf less -inf: there is nothing
         lse = torch.logaddexp(lse, sink)
-    return out.to(q.dtype), lse.squeeze(3).transpose(1, 2).contiguous()
+    return out.to(q.dtype), lse.to(exact).squeeze(3).transpose(1, 2).contiguous()
 
 
 def _features(calls: Calls, recipe: Recipe, q: Tensor) -> slice:

@@ -1,260 +1,171 @@
-"""What torch ships: its CPU flash kernel, and FlashAttention-2 with varlen and windows on CUDA.
+"""What torch ships: its CPU flash kernel, FlashAttention-2 and cuDNN on CUDA, oneDNN on XPU.
 
-Nothing to install, so these are the default everywhere. On CPU the kernel knows only full and top-left causal attention and
-masks; `tiles` cuts every band into those. On CUDA a window aligned at the last row and key is what the kernel takes.
+Nothing to install, so one of these is there everywhere. The CPU's and oneDNN's know only full and top-left causal attention and
+masks, see `tiled`. On CUDA FlashAttention-2 takes many spans and any window; on Hopper and data-centre Blackwell cuDNN is much
+faster where a call is full or causal with as many rows as keys (H200, bf16, D 128, causal, 8k tokens: 655 / 526 TFLOP/s forward /
+backward, FlashAttention-2 about 366 / 330 on an H100), so long spans of that kind are given to it one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from ..merge import merge_
-from . import tiles
-from .base import Case, Grad, Kernel, Scores, Spans, Window, rows
-from .tiles import Kind, Piece
+from .base import Case, Spans, Window
+from .packed import Call, Packed
+from .tiled import Tiled
 
 aten = torch.ops.aten
 
+HALF = (torch.bfloat16, torch.float16)
 
-class AtenCpu(Kernel):
+
+class AtenCpu(Tiled):
     """``_scaled_dot_product_flash_attention_for_cpu``: all floating dtypes, GQA, lse in fp32 (float64 for float64)."""
 
     name = "aten"
+    shares_heads = TorchVersion(torch.__version__) >= "2.13"
+    """On 2.6 its backward with fewer key heads writes out of bounds; 2.13 is right, and releases between were not tried."""
 
     def check_sizes(self, case: Case) -> None:
         if case.device != "cpu":
             raise NotImplementedError(f"this is torch's CPU kernel, the tensors are on {case.device}")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
-        head_dim_v = v.shape[-1]
-        q, k, v = _pad(q, k, v)
-        k, v = _heads_as(q, k), _heads_as(q, v)
-        parts = [_span(q[:, i0:i1], k[:, j0:j1], v[:, j0:j1], window, scores.scale) for i0, i1, j0, j1 in rows(spans)]
-        out, lse = parts[0] if len(parts) == 1 else (torch.cat([o for o, _ in parts], 1), torch.cat([x for _, x in parts], 2))
-        return out[..., :head_dim_v], lse
+    def attend(self, read: Sequence[Tensor], causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+        return aten._scaled_dot_product_flash_attention_for_cpu(*read, 0.0, causal, attn_mask=mask, scale=scale)
 
-    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        heads_k = k.shape[2]
-        q, k, v, out, d_out = _pad(grad.q, k, v, grad.out, grad.d_out)
-        k, v = _heads_as(q, k), _heads_as(q, v)
-        for i0, i1, j0, j1 in rows(spans):
-            for piece in tiles.pieces(i1 - i0, j1 - j0, window):
-                at = piece._replace(i0=piece.i0 + i0, i1=piece.i1 + i0, j0=piece.j0 + j0, j1=piece.j1 + j0)
-                for b in _batches(at, q.shape[0]):
-                    mask = _mask(piece, q.dtype)
-                    read = [*(_rows(x[b], at) for x in (d_out, q)), *(_keys(x[b], at) for x in (k, v)), _rows(out[b], at)]
-                    lse = _tiled(grad.lse[b].transpose(1, 2).unsqueeze(3), at.i0, at.i1, at).squeeze(3)
-                    dq, dk, dv = _run_backward(at.kind, read, lse, mask, scores.scale)
-                    _add_rows(grad.dq[b], dq, at)
-                    _add_keys(grad.dk[b], dk, at, heads_k)
-                    _add_keys(grad.dv[b], dv, at, heads_k)
+    def gradients(self, read: Sequence[Tensor], lse: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Sequence[Tensor]:
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(*read, lse, 0.0, causal, attn_mask=mask, scale=scale)
 
 
-def _span(q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor]:
-    """One span's result: that of its one piece, or its pieces merged in fp32."""
-    pieces = tiles.pieces(q.shape[1], k.shape[1], window)
-    if len(pieces) == 1 and pieces[0].repeat == 1:
-        return _run(pieces[0], q, k, v, scale)
-    disjoint = sum((p.i1 - p.i0) * p.repeat for p in pieces) == q.shape[1]
-    exact = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype if disjoint else exact)
-    lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=exact)
-    for piece in pieces:
-        for b in _batches(piece, q.shape[0]):
-            block_out, block_lse = _run(piece, q[b], k[b], v[b], scale)
-            column = block_lse.transpose(1, 2).unsqueeze(3)
-            at = (b, slice(piece.i0, piece.i0 + block_out.shape[1]))
-            if disjoint:
-                out[at], lse[at] = block_out, column
-            else:
-                merge_(out[at], lse[at], block_out, column)
-    return out, lse.squeeze(3).transpose(1, 2)
+class AtenXpu(Tiled):
+    """``_scaled_dot_product_fused_attention_overrideable`` and its backward, which torch gives to oneDNN on XPU.
+
+    Forward alone came first: where torch has no backward registered, it is not taken. Its forward has a log-sum-exp (``[B, H, L,
+    1]``) only where gradients are recorded for q, its backward wants as many key heads as query heads; source: torch's
+    ``native/mkldnn/xpu/Attention.cpp``. torch's FlashAttention on XPU is not used: releases differ in what it takes.
+    """
+
+    name = "aten"
+    shares_heads = False
+
+    def check_sizes(self, case: Case) -> None:
+        if case.device != "xpu":
+            raise NotImplementedError(f"this is torch's XPU kernel, the tensors are on {case.device}")
+        for op in (
+            aten._scaled_dot_product_fused_attention_overrideable,
+            aten._scaled_dot_product_fused_attention_overrideable_backward,
+        ):
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(op.default.name(), "XPU"):
+                raise NotImplementedError(f"torch {torch.__version__} has no {op.default.name()} on xpu")
+        if case.dtype not in (*HALF, torch.float32):
+            raise NotImplementedError(f"oneDNN takes bfloat16, float16 and float32, not {case.dtype}")
+        if max(case.head_dim, case.head_dim_v) > 576:
+            raise NotImplementedError(f"oneDNN takes head dims up to 576, not {case.head_dim} and {case.head_dim_v}")
+        if case.deterministic:
+            raise NotImplementedError("oneDNN does not say whether its backward gives the same bits each time")
+
+    def attend(self, read: Sequence[Tensor], causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+        q, k, v = read
+        with torch.enable_grad():
+            forward = aten._scaled_dot_product_fused_attention_overrideable
+            out, lse, *_ = forward(q.detach().requires_grad_(), k, v, _four_dims(mask), 0.0, causal, scale=scale)
+        return out.detach(), lse.detach().reshape(q.shape[:3])
+
+    def gradients(self, read: Sequence[Tensor], lse: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Sequence[Tensor]:
+        d_out, q, k, v, out = read
+        state = torch.zeros((), dtype=torch.int64)  # of the dropout that is not there
+        backward = aten._scaled_dot_product_fused_attention_overrideable_backward
+        wanted, sizes = [True, True, True, False], (None, None, q.shape[2], k.shape[2])
+        saved = (out, lse.unsqueeze(3), *sizes, 0.0, causal, state, state)
+        return backward(d_out, q, k, v, _four_dims(mask), wanted, *saved, scale=scale)[:3]
 
 
-def _batches(piece: Piece, batch: int) -> list[slice]:
-    """The batch rows of one kernel call: all, or one by one where the piece's repeats are the kernel's batch."""
-    return [slice(None)] if piece.repeat == 1 else [slice(b, b + 1) for b in range(batch)]
+def _four_dims(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask[None, None]
 
 
-def _run(piece: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out ``[B, rows, H, D]`` and lse ``[B, H, rows]`` of a piece and its repeats."""
-    read = [_rows(q, piece), _keys(k, piece), _keys(v, piece)]
-    anti, causal = piece.kind is Kind.ANTI, piece.kind in (Kind.CAUSAL, Kind.ANTI)
-    if anti:
-        read = [x.flip(2) for x in read]
-    flash = aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = flash(*read, 0.0, causal, attn_mask=_mask(piece, q.dtype), scale=scale)
-    if anti:
-        out, lse = out.flip(2), lse.flip(2)
-    if piece.repeat > 1:
-        return out.transpose(1, 2).flatten(0, 1).unsqueeze(0), lse.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-    return out.transpose(1, 2), lse
-
-
-def _run_backward(kind: Kind, read: list[Tensor], lse: Tensor, mask: Tensor | None, scale: float) -> list[Tensor]:
-    """dq, dk and dv ``[B, H, rows, D]`` of a piece; `read` is d_out, q, k, v, out."""
-    anti, causal = kind is Kind.ANTI, kind in (Kind.CAUSAL, Kind.ANTI)
-    if anti:
-        read, lse = [x.flip(2) for x in read], lse.flip(2)
-    flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    grads = flash(*read, lse, 0.0, causal, attn_mask=mask, scale=scale)
-    return [x.flip(2) for x in grads] if anti else list(grads)
-
-
-def _tiled(x: Tensor, lo: int, hi: int, piece: Piece) -> Tensor:
-    """Rows ``lo:hi`` of ``[B, L, H, D]``, and of the repeats, as a view ``[B or repeats, H, hi - lo, D]``."""
-    if piece.repeat == 1:
-        return x[:, lo:hi].transpose(1, 2)
-    step = piece.i1 - piece.i0
-    return x[0, lo : hi + step * (piece.repeat - 1)].unfold(0, hi - lo, step).transpose(2, 3)
-
-
-def _rows(x: Tensor, piece: Piece) -> Tensor:
-    return _tiled(x, piece.i0, piece.i1, piece)
-
-
-def _keys(x: Tensor, piece: Piece) -> Tensor:
-    return _tiled(x, piece.j0, piece.j1, piece)
-
-
-def _add_rows(total: Tensor, part: Tensor, piece: Piece) -> None:
-    part, step = part.transpose(1, 2)[..., : total.shape[-1]], piece.i1 - piece.i0
-    if piece.repeat == 1:
-        total[:, piece.i0 : piece.i1] += part
-    else:
-        total[0, piece.i0 : piece.i0 + step * piece.repeat] += part.flatten(0, 1)
-
-
-def _add_keys(total: Tensor, part: Tensor, piece: Piece, heads_k: int) -> None:
-    """Add a piece's dk or dv; the repeats' keys overlap, so they are added one after the other."""
-    if part.shape[1] != heads_k:
-        part = part.unflatten(1, (heads_k, -1)).sum(2)
-    part, head_dim = part.transpose(1, 2), total.shape[-1]
-    if piece.repeat == 1:
-        total[:, piece.j0 : piece.j1] += part[..., :head_dim]
-        return
-    step = piece.i1 - piece.i0
-    for n in range(piece.repeat):
-        total[0, piece.j0 + n * step : piece.j1 + n * step] += part[n, ..., :head_dim]
-
-
-def _mask(piece: Piece, dtype: torch.dtype) -> Tensor | None:
-    """The additive mask of a band's tile, or None where every row sees every key."""
-    if piece.kind is not Kind.BAND:
-        return None
-    distance = torch.arange(piece.j0, piece.j1) - torch.arange(piece.i0, piece.i1).unsqueeze(1)
-    hidden = (distance < piece.low) | (distance > piece.high)
-    return torch.zeros(distance.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-
-
-def _pad(*tensors: Tensor, multiple: int = 1) -> list[Tensor]:
-    """The tensors with zeros appended to one common head dim, which changes no score and no result."""
-    width = -(-max(x.shape[-1] for x in tensors) // multiple) * multiple
-    return [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors]
-
-
-def _heads_as(q: Tensor, k: Tensor) -> Tensor:
-    """k with q's number of heads where torch's CPU kernel cannot share them among query heads."""
-    return k if k.shape[2] == q.shape[2] or _SHARES_HEADS else k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-
-
-_SHARES_HEADS = TorchVersion(torch.__version__) >= "2.13"
-"""torch's CPU kernel takes fewer key heads than query heads. On 2.6 its backward then writes out of bounds; 2.13 is right, and
-releases between were not tried."""
-
-
-class AtenCuda(Kernel):
-    """``_flash_attention_forward`` and ``_backward``: FlashAttention-2 as torch ships it, one varlen call for many spans."""
+class AtenCuda(Packed):
+    """``_flash_attention_forward`` and ``_backward``, FlashAttention-2 as torch ships it, and cuDNN where that is faster."""
 
     name = "aten"
 
     def check_sizes(self, case: Case) -> None:
         if case.device != "cuda":
             raise NotImplementedError(f"this is torch's CUDA kernel, the tensors are on {case.device}")
-        if case.dtype not in (torch.bfloat16, torch.float16):
+        if case.dtype not in HALF:
             raise NotImplementedError(f"FlashAttention-2 takes bfloat16 and float16, not {case.dtype}")
         if max(case.head_dim, case.head_dim_v) > 256:
             raise NotImplementedError(f"FlashAttention-2 takes head dims up to 256, not {case.head_dim} and {case.head_dim_v}")
-        if torch.cuda.get_device_capability() < (8, 0):
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
             raise NotImplementedError("FlashAttention-2 needs a GPU of compute capability 8.0 or newer")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
-        head_dim_v, batch = v.shape[-1], q.shape[0]
-        q, k, v = _pad(q, k, v, multiple=8)
-        packed = _Packed(spans, q, k)
-        out, lse, *_ = aten._flash_attention_forward(
-            *(packed.rows(q), packed.keys(k), packed.keys(v)),
-            *packed.sizes,
-            0.0,
-            False,
-            False,
-            scale=scores.scale,
-            **_sides(window),
-        )
-        if packed.dense:
-            return out[..., :head_dim_v], lse
-        return out.unflatten(0, (batch, -1))[..., :head_dim_v], lse.unflatten(1, (batch, -1)).transpose(0, 1)
+    def groups(self, q: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
+        sizes = [(i1 - i0, j1 - j0) for i0, i1, j0, j1 in spans.tolist()]
+        alone = all(suits_cudnn(q, size, window, deterministic) for size in sizes)
+        return [spans[n : n + 1] for n in range(len(spans))] if alone else [spans]
 
-    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        q, k, v, out, d_out = _pad(grad.q, k, v, grad.out, grad.d_out, multiple=8)
-        packed = _Packed(spans, q, k)
-        lse = packed.rows(grad.lse.transpose(1, 2))
-        lse = (lse.transpose(1, 2) if packed.dense else lse.T).contiguous()
-        state = torch.zeros(2, dtype=torch.int64, device=q.device)  # of the dropout that is not there
-        read = (packed.rows(d_out), packed.rows(q), packed.keys(k), packed.keys(v), packed.rows(out), lse)
-        with _deterministic(grad.deterministic):
-            dq, dk, dv = aten._flash_attention_backward(
-                *read, *packed.sizes, 0.0, False, state, state[:0], scale=scores.scale, **_sides(window)
-            )
-        packed.add(grad.dq, dq, spans[:, :2])
-        packed.add(grad.dk, dk, spans[:, 2:])
-        packed.add(grad.dv, dv, spans[:, 2:])
+    def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if call.cu_q is None and suits_cudnn(q, call.most, call.window, call.deterministic):
+            heads_first, causal = (x.transpose(1, 2) for x in (q, k, v)), call.window[1] == 0
+            out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, causal, scale=call.scale)
+            return out.transpose(1, 2), lse.reshape(lse.shape[:3])
+        sizes = (call.cu_q, call.cu_k, *call.most)
+        out, lse, *_ = aten._flash_attention_forward(q, k, v, *sizes, 0.0, False, False, scale=call.scale, **_sides(call.window))
+        return out, lse
 
-
-class _Packed:
-    """The spans as the kernel takes them: one dense call, or rows end to end with their boundaries, batch after batch."""
-
-    def __init__(self, spans: Spans, q: Tensor, k: Tensor) -> None:
-        self.spans, self.dense = rows(spans), len(spans) == 1
-        num_q, num_k = (spans[:, 1] - spans[:, 0]).tolist(), (spans[:, 3] - spans[:, 2]).tolist()
-        bounds = (None, None) if self.dense else (_bounds(num_q, q), _bounds(num_k, k))
-        self.sizes = (*bounds, max(num_q), max(num_k))
-
-    def rows(self, x: Tensor) -> Tensor:
-        """The spans' query rows of ``[B, L, ...]``."""
-        return self._take(x, [(i0, i1) for i0, i1, _, _ in self.spans])
-
-    def keys(self, x: Tensor) -> Tensor:
-        """The spans' key rows of ``[B, M, ...]``."""
-        return self._take(x, [(j0, j1) for _, _, j0, j1 in self.spans])
-
-    def _take(self, x: Tensor, at: list[tuple[int, int]]) -> Tensor:
-        if self.dense:
-            return x[:, at[0][0] : at[0][1]]
-        ordered = all(a[1] == b[0] for a, b in pairwise(at))
-        taken = x[:, at[0][0] : at[-1][1]] if ordered else torch.cat([x[:, lo:hi] for lo, hi in at], dim=1)
-        return taken.flatten(0, 1)
-
-    def add(self, total: Tensor, part: Tensor, at: Spans) -> None:
-        """Add a gradient of the spans' rows to the accumulator; spans may share keys."""
-        part = part if self.dense else part.unflatten(0, (total.shape[0], -1))
-        start = 0
-        for lo, hi in at.tolist():
-            total[:, lo:hi] += part[:, start : start + hi - lo, :, : total.shape[-1]]
-            start += hi - lo
+    def gradients(
+        self, call: Call, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_lse: Tensor | None
+    ) -> Sequence[Tensor]:
+        sizes = (call.cu_q, call.cu_k, *call.most)
+        if call.cu_q is None and suits_cudnn(q, call.most, call.window, call.deterministic):
+            read, causal = [x.transpose(1, 2) for x in (d_out, q, k, v, out)], call.window[1] == 0
+            lse = lse.unsqueeze(3) if _cudnn_lse_dims() == 4 else lse
+            seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of the dropout that is not there
+            backward = aten._scaled_dot_product_cudnn_attention_backward
+            grads = backward(*read, lse, seed, seed, None, *sizes, 0.0, causal, scale=call.scale)
+            return [x.transpose(1, 2) for x in grads]
+        state = torch.zeros(2, dtype=torch.int64, device=q.device)
+        with _deterministic(call.deterministic):
+            read = [d_out, q, k, v, out, lse]
+            backward = aten._flash_attention_backward
+            return backward(*read, *sizes, 0.0, False, state, state[:0], scale=call.scale, **_sides(call.window))
 
 
-def _bounds(counts: list[int], x: Tensor) -> Tensor:
-    """int32 boundaries of the spans in every row of the batch, on x's device without a sync."""
-    bounds = torch.tensor([0, *(counts * x.shape[0])], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return bounds.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else bounds
+LONG = 1024
+"""Rows and keys from which a span is worth a call of cuDNN's own; not measured."""
+
+
+def suits_cudnn(q: Tensor, size: tuple[int, int], window: Window, deterministic: bool) -> bool:
+    """Whether cuDNN takes a span of so many rows and keys, and is the faster one.
+
+    Its causal attention is aligned at the first row and key, and torch says that it is not deterministic. Head dims above 128 and
+    GPUs besides 9.0 and 10.x are left to FlashAttention-2, as are versions before 9.10.2: Transformer Engine names faults of
+    9.10.0 and 9.10.1. ``torch.backends.cuda.enable_cudnn_sdp(False)`` turns it off.
+    """
+    kind = window == (-1, -1) or (window == (-1, 0) and size[0] == size[1])
+    if not kind or deterministic or min(size) < LONG or q.shape[-1] > 128:
+        return False
+    return _has_cudnn() and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def _has_cudnn() -> bool:
+    """A GPU and a cuDNN for which it is the faster one."""
+    new = torch.version.hip is None and torch.cuda.get_device_capability()[0] in (9, 10)
+    return new and (torch.backends.cudnn.version() or 0) >= 91002
+
+
+@lru_cache(maxsize=1)
+def _cudnn_lse_dims() -> int:
+    """How many dims cuDNN's log-sum-exp has in this torch, ``[B, H, L, 1]`` or ``[B, H, L]``; its backward takes the same."""
+    x = torch.empty(1, 1, 1, 8, dtype=torch.float16, device="meta")
+    return aten._scaled_dot_product_cudnn_attention(x, x, x, None, True)[1].dim()
 
 
 def _sides(window: Window) -> dict[str, int | None]:

@@ -39,6 +39,7 @@ class Scores:
         q_at, k_at: positions in the whole sequence of query rows ``[L]`` and of key rows ``[M]``, int64; None where neither alibi,
             bias nor dropout is there to need them.
         ahead: by how much positions of keys run ahead of those of queries, int64 ``[L]``; None for 0.
+        merged: out is to be merged with that of other calls: fp32 where the backend has it, so that it is rounded once.
     """
 
     scale: float
@@ -52,6 +53,7 @@ class Scores:
     q_at: Tensor | None = None
     k_at: Tensor | None = None
     ahead: Tensor | None = None
+    merged: bool = False
 
     def of_heads(self, heads: slice) -> Scores:
         """For some of the query heads."""
@@ -111,6 +113,8 @@ class Kernel(ABC):
     """A backend: attention over spans that share a window, forward with its log-sum-exp, backward from the global one."""
 
     name: str
+    label: str = ""
+    """Which of several with this name on one device."""
     features: frozenset[str] = frozenset()
     """What it has of `Scores.features`."""
     takes_d_lse: bool = False

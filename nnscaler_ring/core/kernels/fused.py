@@ -36,7 +36,7 @@ def _merge(  # type: ignore[no-untyped-def]
     out_at = out + (b * out_b + l * out_l + h * out_h)[:, None] + column[None, :]
     have = tl.load(out_at, mask=inside, other=0.0)
     come = tl.load(part + (b * part_b + l * part_l + h * part_h)[:, None] + column[None, :], mask=inside, other=0.0)
-    tl.store(out_at, have + weight[:, None] * (come.to(have.dtype) - have), mask=inside)
+    tl.store(out_at, have + weight.to(have.dtype)[:, None] * (come.to(have.dtype) - have), mask=inside)
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:

@@ -106,7 +106,7 @@ class Triton(Kernel):
         from . import triton_kernels as compiled
 
         num_rows = int((spans[:, 1] - spans[:, 0]).sum())
-        out = q.new_empty(q.shape[0], num_rows, q.shape[2], v.shape[3])
+        out = q.new_empty(q.shape[0], num_rows, q.shape[2], v.shape[3], dtype=torch.float32 if scores.merged else q.dtype)
         lse = q.new_empty(q.shape[0], q.shape[2], num_rows, dtype=torch.float32)
         blocks = self._sizes(q, v, scores).forward
         (tiles,) = _tables("rows", spans, window, blocks, q.device)

@@ -1,0 +1,167 @@
+"""Kernels that take the rows of many spans in one call: end to end with their boundaries, or one span as it lies.
+
+Every library of flash attention on GPUs is of this kind, with a window aligned at each span's last row and key. A backend says how
+its library is called, forward and backward; here the rows are gathered, padded and put back.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Grad, Kernel, Scores, Spans, Window, rows
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """What a library is told besides the tensors.
+
+    Attributes:
+        cu_q, cu_k: boundaries of the spans, int32 ``[n + 1]``; None for a single span, whose tensors are ``[B, rows, H, D]``. With
+            boundaries they are ``[T, H, D]``.
+        num_q, num_k: rows and keys of each span, batch row after batch row.
+        window: aligned at the last row and key; -1 for no limit.
+        scale, softcap, deterministic: as in `Scores` and `Grad`.
+    """
+
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    num_q: tuple[int, ...]
+    num_k: tuple[int, ...]
+    window: Window
+    scale: float
+    softcap: float = 0.0
+    deterministic: bool = False
+
+    @property
+    def most(self) -> tuple[int, int]:
+        """Rows and keys of the longest spans."""
+        return max(self.num_q), max(self.num_k)
+
+
+class Packed(Kernel):
+    """A backend whose library takes rows end to end."""
+
+    @abstractmethod
+    def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out as q with v's head dim, and lse: ``[H, T]``, or ``[B, H, rows]`` for a single span; -inf where nothing is seen."""
+
+    @abstractmethod
+    def gradients(
+        self, call: Call, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_lse: Tensor | None
+    ) -> Sequence[Tensor]:
+        """dq, dk and dv, like q, k and v; `lse` and `d_lse` as `attend` returns it, contiguous."""
+
+    def widths(self, head_dim: int, head_dim_v: int) -> tuple[int, int]:
+        """The head dims that the library takes for these: here the wider of them, as a multiple of 8."""
+        width = -(-max(head_dim, head_dim_v) // 8) * 8
+        return width, width
+
+    def groups(self, q: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
+        """The spans of each call: here all in one; `q` as it is padded."""
+        return [spans]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
+        batch, head_dim_v = q.shape[0], v.shape[-1]
+        width, width_v = self.widths(q.shape[-1], head_dim_v)
+        (q, k), (v,) = pad(q, k, width=width), pad(v, width=width_v)
+        outs, lses = [], []
+        for group in self.groups(q, spans, window, False):
+            packing = Packing(group, q)
+            out, lse = self.attend(packing.call(window, scores), packing.rows(q), packing.keys(k), packing.keys(v))
+            outs.append(packing.apart(out, batch)[..., :head_dim_v])
+            lses.append(lse if packing.single else lse.unflatten(1, (batch, -1)).transpose(0, 1))
+        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 1), torch.cat(lses, 2))
+
+    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
+        width, width_v = self.widths(grad.q.shape[-1], v.shape[-1])
+        (q, k), (v, out, d_out) = pad(grad.q, k, width=width), pad(v, grad.out, grad.d_out, width=width_v)
+        for group in self.groups(q, spans, window, grad.deterministic):
+            packing = Packing(group, q)
+            call = packing.call(window, scores, grad.deterministic)
+            read = (packing.rows(d_out), packing.rows(q), packing.keys(k), packing.keys(v), packing.rows(out))
+            d_lse = None if grad.d_lse is None else packing.columns(grad.d_lse)
+            dq, dk, dv = self.gradients(call, *read, packing.columns(grad.lse), d_lse)
+            packing.add(grad.dq, dq, group[:, :2])
+            packing.add(grad.dk, dk, group[:, 2:])
+            packing.add(grad.dv, dv, group[:, 2:])
+
+
+class Packing:
+    """Where the rows of spans lie in one call."""
+
+    def __init__(self, spans: Spans, q: Tensor) -> None:
+        self.spans, self.single, self._like = rows(spans), len(spans) == 1, q
+        self.num_q = tuple((spans[:, 1] - spans[:, 0]).tolist()) * q.shape[0]
+        self.num_k = tuple((spans[:, 3] - spans[:, 2]).tolist()) * q.shape[0]
+
+    def call(self, window: Window, scores: Scores, deterministic: bool = False) -> Call:
+        """The call, its boundaries on the device of the queries."""
+        cu_q, cu_k = (None if self.single else bounds(counts, self._like) for counts in (self.num_q, self.num_k))
+        return Call(
+            cu_q=cu_q,
+            cu_k=cu_k,
+            num_q=self.num_q,
+            num_k=self.num_k,
+            window=window,
+            scale=scores.scale,
+            softcap=scores.softcap,
+            deterministic=deterministic,
+        )
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The spans' query rows of ``[B, L, ...]``."""
+        return _aligned(self._take(x, [(i0, i1) for i0, i1, _, _ in self.spans]))
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The spans' key rows of ``[B, M, ...]``."""
+        return _aligned(self._take(x, [(j0, j1) for _, _, j0, j1 in self.spans]))
+
+    def columns(self, x: Tensor) -> Tensor:
+        """The spans' query rows of ``[B, H, L]``, as `attend` returns the lse, contiguous."""
+        taken = self._take(x.transpose(1, 2), [(i0, i1) for i0, i1, _, _ in self.spans])
+        return (taken.transpose(1, 2) if self.single else taken.T).contiguous()
+
+    def apart(self, x: Tensor, batch: int) -> Tensor:
+        """The rows of a result as ``[B, rows, ...]``."""
+        return x if self.single else x.unflatten(0, (batch, -1))
+
+    def _take(self, x: Tensor, at: list[tuple[int, int]]) -> Tensor:
+        if self.single:
+            return x[:, at[0][0] : at[0][1]]
+        in_order = all(a[1] == b[0] for a, b in pairwise(at))
+        taken = x[:, at[0][0] : at[-1][1]] if in_order else torch.cat([x[:, lo:hi] for lo, hi in at], dim=1)
+        return taken.flatten(0, 1)
+
+    def add(self, total: Tensor, part: Tensor, at: Spans) -> None:
+        """Add a gradient of the spans' rows to the accumulator; spans may share keys."""
+        part, start = self.apart(part, total.shape[0]), 0
+        for lo, hi in at.tolist():
+            total[:, lo:hi] += part[:, start : start + hi - lo, :, : total.shape[-1]]
+            start += hi - lo
+
+
+def bounds(counts: Sequence[int], like: Tensor) -> Tensor:
+    """int32 boundaries of rows end to end, on the device of `like` without a sync."""
+    at = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return at.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else at
+
+
+def pad(*tensors: Tensor, width: int | None = None) -> list[Tensor]:
+    """The tensors with zeros appended to one head dim, the widest of theirs or `width`, which changes no score and no result."""
+    width = max(x.shape[-1] for x in tensors) if width is None else width
+    return [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x as kernels load it, 16 bytes at a time: copied where rows or heads start between those."""
+    step = 16 // x.element_size()
+    starts = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
+    fits = all(start % step == 0 for start in (x.storage_offset(), *starts))
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
