@@ -64,7 +64,7 @@ def train(options: argparse.Namespace, device: torch.device, world_size: int) ->
     first = cp.rank == 0
     with tqdm(total=options.steps, unit="step", disable=not first, dynamic_ncols=True) as bar:
         for _ in range(options.steps):
-            batch = {name: x.to(device) for name, x in attention.shard_batch(next(rows)).items()}
+            batch = attention.shard_batch(next(rows), device=device)
             result = model(**batch, use_cache=False)
             loss = next_token_loss(result.logits, batch) if result.loss is None else result.loss
             loss.backward()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import nnscaler_ring
 from nnscaler_ring import cleanup_distributed
 from nnscaler_ring.cli import main
+from nnscaler_ring.integrations import families
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -159,6 +160,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert target.exists(), link
             included = [ROOT / name for name in re.findall(r'^--8<-- "(.+)"$', prose(target), re.MULTILINE)] if anchor else []
             assert not anchor or any(anchor in anchors(each) for each in (target, *included)), link
+
+
+def test_every_family_is_on_the_page() -> None:
+    section = (ROOT / "docs/transformers.md").read_text().partition("## Families\n")[2].partition("\n\nWith 4.48")[0]
+    assert set(re.findall(r"`(\w+)`", section)) == families.FAMILIES
 
 
 def test_every_benchmark_is_on_the_page() -> None:

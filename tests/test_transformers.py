@@ -8,9 +8,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nnscaler_ring
 from nnscaler_ring import ContextParallel, substitute_hf_flash_attn, update_ring_flash_attn_params, use_ring_attn
-from nnscaler_ring.integrations import substitute
+from nnscaler_ring.core import layouts
+from nnscaler_ring.integrations import families, substitute
 from nnscaler_ring.integrations.transformers import Attention, next_token_loss, refuse_masks, register, registered
 
 transformers = pytest.importorskip("transformers", "4.48", reason="needs transformers >= 4.48")
@@ -125,6 +128,69 @@ def test_models_over_ranks(ranks: Any, world_size: int, family: str) -> None:
     if not has(family):
         pytest.skip(f"needs a transformers with {family}, this is {transformers.__version__}")
     ranks(world_size).run(on_ranks, family)
+
+
+SIZES = {
+    **{
+        **SMALL,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "n_inner": 40,
+        "ffn_dim": 40,
+        "word_embed_proj_dim": 32,
+    },
+    **{"moe_intermediate_size": 24, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "experts_implementation": "eager", "sliding_window": 5},
+    **{"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "rotary_dim": 4},
+    **{"query_pre_attn_scalar": 8, "bos_token_id": 1, "eos_token_id": 2, "shared_intermediate_size": 24},
+    **dict.fromkeys(("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+}
+
+
+def of_family(family: str) -> Any:
+    """A small model in float64."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[family]
+    known = set(vars(kind())) | {"experts_implementation"}
+    sizes = {name: value for name, value in SIZES.items() if name in known}
+    config = kind(**sizes | ({"num_key_value_heads": 4} if "kv_lora_rank" in known else {}))  # MLA
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.copy_(torch.randn(x.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return model
+
+
+def compared(rank: int, world_size: int, family: str) -> None:
+    cp, row = ContextParallel(dist.group.WORLD, layout="zigzag"), packed_row()
+    model = of_family(family)
+    want, want_loss = each_alone(model, row, DOCUMENTS)
+    want_loss.backward()
+    attention = Attention(cp, "swept")
+    shared = attention.apply(of_family(family))
+    batch = attention.shard_batch(row)
+    result = shared(**batch, use_cache=False)
+    close("logits", cp.unshard(result.logits, 1, batch["cu_seq_lens_q"], seq_len=want.shape[1]), want)
+    loss_of(result, batch).backward()
+    for (name, x), other in zip(shared.named_parameters(), model.parameters(), strict=True):
+        grad = torch.zeros_like(x) if x.grad is None else x.grad
+        dist.all_reduce(grad)
+        if other.grad is not None and other.grad.abs().max() > 1e-8:
+            close(name, grad / world_size, other.grad)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="needs transformers >= 5, with which families were compared")
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+def test_every_family(ranks: Any, family: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"needs a transformers with {family}, this is {transformers.__version__}")
+    ranks(2).run(compared, family)
 
 
 def test_what_the_models_ask_for_matters() -> None:
@@ -257,21 +323,101 @@ def test_compiled_without_a_break() -> None:
 def test_bad_batches_are_refused() -> None:
     attention, _ = alone()
     ids = torch.ones(2, 6, dtype=torch.int64)
-    left = torch.tensor([[0, 1, 1, 1, 1, 1]] * 2)
+    left = torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)
     positions = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
     cases: list[tuple[str, dict[str, Any]]] = [
         ("no input_ids or inputs_embeds", {"labels": ids}),
         ("labels has shape", {"input_ids": ids, "labels": ids[:, 1:]}),
         ("padding before tokens", {"input_ids": ids, "attention_mask": left}),
         (r"give \[B, S\]", {"input_ids": ids, "attention_mask": left[:, None, None]}),
+        (r"give \[B, S\]", {"input_ids": ids, "position_ids": positions.expand(3, 2, 6)}),
+        ("labels of 1 rows for 2", {"input_ids": ids, "labels": ids[:1]}),
+        ("labels on padding", {"input_ids": ids, "labels": ids, "attention_mask": left.flip(1)}),
+        ("give tensors", {"input_ids": ids.tolist()}),
+        ("pixel_values: not known here", {"input_ids": ids, "pixel_values": torch.ones(1, 3, 4, 4)}),
+        ("token_type_ids: not known here", {"input_ids": ids, "token_type_ids": ids}),
+        ("logits_to_keep: not known here", {"input_ids": ids, "logits_to_keep": 1}),
         ("equal rows", {"input_ids": ids, "position_ids": positions}),
         ("neither go on by 1", {"input_ids": ids, "position_ids": positions[:1] * 2}),
     ]
     for message, batch in cases:
         with pytest.raises(ValueError, match=message):
             attention.shard_batch(batch)
+    cu = torch.tensor([0, 9], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens"):
-        attention.shard_batch({"input_ids": ids}, cu_seqlens=torch.tensor([0, 9], dtype=torch.int32))
+        attention.shard_batch({"input_ids": ids}, cu_seqlens=cu)
+    with pytest.raises(ValueError, match="give one"):
+        attention.shard_batch({"input_ids": ids, "cu_seq_lens_q": cu}, cu_seqlens=cu)
+    short = Attention(ContextParallel(), "short")
+    short.target = mock.Mock(spec=ContextParallel, world_size=2)  # type: ignore[assignment]
+    short.target._layout.return_value = layouts.build("zigzag", 1, 2)
+    with pytest.raises(ValueError, match=r"a row of 1 tokens gives the ranks \[1, 0\]"):
+        short.shard_batch({"input_ids": ids[:, :1]})
+
+
+def test_models_that_would_be_wrong_are_refused() -> None:
+    attention = Attention(ContextParallel())
+    small = {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 48}
+    with pytest.raises(NotImplementedError, match="models of 'bloom' have not been compared"):
+        attention.apply(transformers.BloomForCausalLM(transformers.BloomConfig(**small)))
+    with pytest.raises(NotImplementedError, match="does not ask for its attention by name"):
+        Attention(ContextParallel(), any_model=True).apply(transformers.BloomForCausalLM(transformers.BloomConfig(**small)))
+    with pytest.raises(NotImplementedError, match="its loss may look at other tokens"):
+        Attention(ContextParallel()).apply(transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SMALL)))
+    settings: list[tuple[str, dict[str, Any]]] = [
+        ("conv", {"layer_types": ["conv", "full_attention"]}),
+        ("output_router_logits", {"output_router_logits": True}),
+        ("encoders with decoders", {"is_encoder_decoder": True}),
+        ("RoPE of", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
+        ("RoPE of", {"rope_scaling": {"type": "longrope"}}),
+    ]
+    for message, settled in settings:
+        with pytest.raises(NotImplementedError, match=message):
+            families.check_config(SimpleNamespace(**settled), world_size=2)
+    families.check_config(SimpleNamespace(rope_scaling={"type": "dynamic"}), world_size=1)
+    with pytest.raises(NotImplementedError, match="does not tell"):
+        layer = nn.Module()
+        layer.config, layer.layer_idx = SimpleNamespace(layer_types=["sliding_attention"]), 0  # type: ignore[assignment]
+        families.check_layer(layer, {}, True, None)
+
+
+def test_names() -> None:
+    with pytest.raises(ValueError, match="of its own"):
+        Attention(ContextParallel(), "my_flash")
+    first, model = alone()
+    Attention(ContextParallel())
+    with pytest.raises(ValueError, match="another Attention was made under the name"):
+        first.shard_batch(packed_row())
+    with pytest.raises(ValueError, match="another Attention was made under the name"):
+        first.apply(model)
+
+
+def test_boundaries_and_counts_of_a_batch_are_kept() -> None:
+    """Boundaries that a collator gives; the tokens of all batches that make a step."""
+    attention, model = alone()
+    row = packed_row()
+    cu = torch.tensor([0, 10, 11, 25], dtype=torch.int32)
+    told = {"input_ids": row["input_ids"], "cu_seq_lens_q": cu, "max_length_q": 14}
+    batch = attention.shard_batch(told)
+    assert batch["cu_seq_lens_q"].tolist() == cu.tolist() and batch["position_ids"].tolist() == row["position_ids"].tolist()
+    assert "max_length_q" not in batch
+    want, _ = each_alone(build("llama"), row, DOCUMENTS)
+    close("logits", model(**batch, use_cache=False).logits, want)
+    counted = attention.shard_batch({**row, "num_items_in_batch": torch.tensor(100)})
+    assert counted["num_items_in_batch"] == 100.0 and attention.shard_batch(row)["num_items_in_batch"] == 21.0
+
+
+def test_a_buffer_that_is_used_again() -> None:
+    """Documents of a batch that the user made are read anew in each forward pass."""
+    _, model = alone()
+    row = packed_row()
+    buffer = row["position_ids"].numpy().copy()
+    positions = torch.from_numpy(buffer)
+    with torch.inference_mode():
+        model(input_ids=row["input_ids"], position_ids=positions, use_cache=False)
+        buffer[0, :] = np.arange(25)
+        got = model(input_ids=row["input_ids"], position_ids=positions, use_cache=False).logits
+        close("logits", got, build("llama")(input_ids=row["input_ids"], use_cache=False).logits)
 
 
 def test_what_layers_ask_in_vain() -> None:
@@ -288,10 +434,10 @@ def test_what_layers_ask_in_vain() -> None:
         attention(layer, q, q, q, None, is_causal=False, sliding_window=3)
     with pytest.raises(NotImplementedError, match="position_ids of shape"):
         attention(layer, q, q, q, None, position_ids=torch.zeros(3, 1, 6, dtype=torch.int64))
-    with pytest.raises(NotImplementedError, match="'chunked_attention'"):
-        other = nn.Module()
-        other.config, other.layer_idx = mock.Mock(layer_types=["chunked_attention"]), 0  # type: ignore[assignment]
-        attention(other, q, q, q, None)
+    with pytest.raises(NotImplementedError, match="position_bias"):
+        attention(layer, q, q, q, None, position_bias=q)
+    with pytest.raises(ValueError, match="sliding_window=0"):
+        attention(layer, q, q, q, None, sliding_window=0)
     with pytest.raises(NotImplementedError, match="a mask function"):
         refuse_masks(use_vmap=True)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
@@ -341,7 +487,7 @@ def substituted(rank: int, world_size: int, family: str, stride: int) -> None:
     try:
         substitute_hf_flash_attn(dist.group.WORLD, stride)
         own = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
-        assert own[name] is not before[0] and "ring_flash_attn" in own
+        assert own[name] is not before[0] and "ring_attn" in own
         for module in model.modules():
             if hasattr(module, "config"):
                 module.config._attn_implementation = name

@@ -7,7 +7,7 @@ holding the `r`-th part. These functions change what transformers calls by those
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -31,18 +31,17 @@ class _Substitute(Attention):
     """`Attention` over the row that `update_ring_flash_attn_params` told of."""
 
     def __init__(self, process_group: dist.ProcessGroup | None, heads_k_stride: int) -> None:
-        super().__init__(ContextParallel(process_group, heads_k_stride=heads_k_stride), "ring_flash_attn")
+        super().__init__(ContextParallel(process_group, heads_k_stride=heads_k_stride), "ring_attn")
         self.group = group_name(process_group)
 
-    def _documents(self, kwargs: Any, tokens: int) -> tuple[Tensor | None, int | None]:
+    def _documents(self, kwargs: Mapping[str, Any], tokens: int, first: bool) -> tuple[Tensor | None, int | None]:
         if self.group not in _BOUNDARIES:
             raise ValueError("call update_ring_flash_attn_params(cu_seqlens, process_group) before the model")
-        cu_seqlens = _BOUNDARIES[self.group]
-        return cu_seqlens, int(cu_seqlens[-1])
+        return super()._documents({**kwargs, "cu_seq_lens_q": _BOUNDARIES[self.group]}, tokens, first)
 
 
 def substitute_hf_flash_attn(process_group: dist.ProcessGroup | None, heads_k_stride: int = 1) -> None:
-    """Let transformers' flash attention run over a group; also registered as ``ring_flash_attn``, for machines without flash-attn.
+    """Let transformers' flash attention run over a group; also registered as ``ring_attn``, for machines without flash-attn.
 
     Args:
         process_group: the ranks that share each row; None for the default group.
@@ -52,6 +51,7 @@ def substitute_hf_flash_attn(process_group: dist.ProcessGroup | None, heads_k_st
         ValueError: this process is not in the group, or a stride below 0.
     """
     ring = _Substitute(process_group, heads_k_stride)
+    register(ring.name, _switched(ring, registered("sdpa")[0] or ring), _switched(refuse_masks, registered("sdpa")[1] or _nothing))
     for name in NAMES:
         before = _BEFORE.setdefault(name, registered(name))
         if before[0] is not None:

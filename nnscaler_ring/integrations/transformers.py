@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..annotations import nnscaler
 from ..context import ContextParallel
 from ..core.call import host_table
 from ..core.mask import check_cu_seqlens
+from . import families
 
 IGNORED = -100
 """The label of a token without a loss."""
@@ -36,18 +37,26 @@ class Attention:
         target: a `ContextParallel` whose ranks each pass their shard of the tokens, or a ``wrap_*_attn_func`` op for a model that
             nnscaler cuts, or that runs on DTensors or whole.
         name: by which models find it; each target needs its own.
+        any_model: take models also of families that are not in `families.FAMILIES`, those compared with one device. Others may look
+            at other tokens outside of their attention, which nobody would notice.
+
+    Raises:
+        ValueError: a name that transformers takes for one of its own.
 
     Example:
         >>> attention = Attention(ContextParallel(None, layout="zigzag"))
-        >>> # model = AutoModelForCausalLM.from_pretrained("...", attn_implementation=attention.name)
+        >>> # model = attention.apply(AutoModelForCausalLM.from_pretrained("..."))
         >>> # loss = model(**attention.shard_batch({"input_ids": input_ids, "labels": labels})).loss
     """
 
-    def __init__(self, target: ContextParallel | Callable[..., Any], name: str = "nnscaler_ring") -> None:
+    def __init__(self, target: ContextParallel | Callable[..., Any], name: str = "nnscaler_ring", any_model: bool = False) -> None:
+        if any(word in name for word in ("flash", "paged", "eager", "sdpa", "flex")):
+            raise ValueError(f"name={name!r}: transformers takes it for an implementation of its own")
         self.target = target
         self.name = name
+        self.any_model = any_model
         self._padded = False
-        self._known: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
+        self._known: OrderedDict[tuple[Any, ...], _Told] = OrderedDict()
         register(name, self, refuse_masks)
         if not isinstance(target, ContextParallel) and "nnscaler" in sys.modules:
             _let_nnscaler_trace()
@@ -55,8 +64,23 @@ class Attention:
     def __repr__(self) -> str:
         return f"Attention({self.target!r}, name={self.name!r})"
 
+    def __deepcopy__(self, memo: Any) -> Attention:
+        return self  # a copy of a model shares its group
+
+    @property
+    def _world_size(self) -> int:
+        return self.target.world_size if isinstance(self.target, ContextParallel) else 1
+
     def apply(self, model: Any) -> Any:
-        """Make a model that exists use this implementation; returns it. transformers before 4.53 need this call in any case."""
+        """Make a model use this implementation; returns it.
+
+        Raises:
+            NotImplementedError: a model that would be wrong, or that nobody has compared with one device.
+            ValueError: another `Attention` was made under this name since.
+        """
+        self._check_name()
+        families.check_model(model, self.any_model)
+        families.check_config(model.config, self._world_size)
         if hasattr(model, "set_attn_implementation"):
             model.set_attn_implementation(self.name)
         else:  # before 4.53
@@ -67,6 +91,10 @@ class Attention:
             if hasattr(module, "_update_causal_mask"):  # before 4.53: it makes a mask of all pairs
                 module._update_causal_mask = _no_mask
         return model
+
+    def _check_name(self) -> None:
+        if registered(self.name)[0] is not self:
+            raise ValueError(f"another Attention was made under the name {self.name!r}: give each a name=")
 
     def __call__(
         self,
@@ -90,8 +118,8 @@ class Attention:
             attention_mask: None; padding is for `shard_batch` to check.
             sliding_window: tokens that each one sees, itself counted, in the whole sequence.
             s_aux: logits ``[Hq]`` of learned sinks.
-            kwargs: ``cu_seq_lens_q``, int32 boundaries of the documents packed in the whole row; or ``position_ids`` ``[B, L]``,
-                which begin anew in each document.
+            kwargs: ``position_ids`` ``[B, L]`` and ``cu_seq_lens_q``, int32 boundaries of the documents packed in the whole row;
+                without these positions begin anew in each document.
 
         Returns:
             ``[B, L, Hq, Dv]`` and None.
@@ -101,116 +129,188 @@ class Attention:
             NotImplementedError: attention weights asked for, or a kind of attention that is not told by its arguments.
         """
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        _check(module, query, key, attention_mask, kwargs, causal, sliding_window)
+        first = getattr(module, "layer_idx", None) == 0
+        if first and not self.any_model:
+            families.check_family(module.config)
+        if first:
+            families.check_config(module.config, self._world_size)
+        families.check_layer(module, kwargs, causal, sliding_window)
+        if attention_mask is not None:
+            raise ValueError(_NO_MASK)
+        if key.shape[2] != query.shape[2]:
+            raise ValueError(
+                f"{query.shape[2]} queries and {key.shape[2]} keys: generation with a cache and cross attention are not cut; pass "
+                "use_cache=False, or take another implementation for them"
+            )
         if self._padded and not causal:
             raise NotImplementedError("padding without a causal mask, where tokens see it: pack the documents into one row")
         device = query.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
         q, k, v = (x.transpose(1, 2).to(dtype) for x in (query, key, value))
         window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
-        options: dict[str, Any] = {
-            "softmax_scale": scaling,
-            "dropout_p": dropout,
-            "softcap": softcap or 0.0,
-            "learnable_sink": s_aux,
-        }
+        options: dict[str, Any] = {"softmax_scale": scaling, "dropout_p": dropout, "softcap": softcap or 0.0}
+        options |= {"learnable_sink": s_aux, "window_size": window}
         if not isinstance(self.target, ContextParallel):
-            cu_seqlens = None if nnscaler.tracing() else self._documents(kwargs, query.shape[2])[0]
-            return self.target(q, k, v, causal=causal, window_size=window, cu_seqlens=cu_seqlens, **options), None
-        cu_seqlens, seq_len = self._documents(kwargs, query.shape[2])
-        mask = "causal" if causal else "full"
-        out = self.target.attention(q, k, v, mask, cu_seqlens=cu_seqlens, seq_len=seq_len, window_size=window, **options)
+            cu_seqlens = None if nnscaler.tracing() else self._documents(kwargs, query.shape[2], first)[0]
+            return self.target(q, k, v, causal=causal, cu_seqlens=cu_seqlens, **options), None
+        cu_seqlens, seq_len = self._documents(kwargs, query.shape[2], first)
+        out = self.target.attention(q, k, v, "causal" if causal else "full", cu_seqlens=cu_seqlens, seq_len=seq_len, **options)
         assert isinstance(out, Tensor)
         return out, None
 
-    def _documents(self, kwargs: Mapping[str, Any], tokens: int) -> tuple[Tensor | None, int | None]:
-        """Boundaries of the documents, None for one, and the tokens of the whole sequence, None where ranks hold as many each."""
+    def _documents(self, kwargs: Mapping[str, Any], tokens: int, first: bool) -> tuple[Tensor | None, int | None]:
+        """Boundaries of the documents, None for one, and the tokens of the whole sequence, None where ranks hold as many each.
+
+        What a batch says that `shard_batch` did not make is looked at in the `first` layer, once a forward pass.
+        """
         cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
         if torch.compiler.is_compiling():
             if cu_seqlens is None:
                 raise NotImplementedError("documents under torch.compile: pass cu_seq_lens_q, as shard_batch does")
+            if isinstance(self.target, ContextParallel) and self.target._uneven:
+                raise NotImplementedError("ranks with different numbers of tokens under torch.compile: pad the row")
             return cu_seqlens, None
-        told = position_ids if cu_seqlens is None else cu_seqlens
-        if told is None:
+        said = cu_seqlens if position_ids is None else position_ids
+        if said is None:
+            if self._world_size > 1:
+                raise ValueError(f"the model does not tell attention which tokens these are. {_TOLD}")
             return None, None
-        key = _identity(told)
-        if key not in self._known:
-            found = self._read(told, tokens) if cu_seqlens is None else host_table("cu_seq_lens_q", cu_seqlens)
-            assert found is not None
-            self._remember(told, found)
+        known = self._known.get(key := _identity(said))
+        if known is None or (first and not known.ours):
+            table = host_table("cu_seq_lens_q", cu_seqlens)
+            known = self._remember(said, table if position_ids is None else self._read(position_ids, tokens, table))
         self._known.move_to_end(key)
-        _, found = self._known[key]
-        return (found if len(found) > 2 else None), int(found[-1])
+        return (known.cu_seqlens if len(known.cu_seqlens) > 2 else None), int(known.cu_seqlens[-1])
 
-    def _remember(self, told: Tensor, cu_seqlens: Tensor) -> None:
-        """For the layers to come; the tensor that told is kept, so that no other is taken for it."""
-        self._known[_identity(told)] = (told, cu_seqlens)
+    def _remember(self, said: Tensor, cu_seqlens: Tensor | None, ours: bool = False) -> _Told:
+        """For the layers to come; the tensor that said it is kept, so that no other is taken for it."""
+        assert cu_seqlens is not None
+        self._known[_identity(said)] = told = _Told(said, cu_seqlens, ours)
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
+        return told
 
-    def _read(self, position_ids: Tensor, tokens: int) -> Tensor:
-        """Boundaries of the documents, from the positions of all ranks' tokens, which are exchanged."""
+    def _read(self, position_ids: Tensor, tokens: int, cu_seqlens: Tensor | None) -> Tensor:
+        """Boundaries of the documents: those given, or from the positions of all ranks' tokens, which are exchanged in any case."""
         if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
             raise NotImplementedError(f"position_ids of shape {tuple(position_ids.shape)} for {tokens} tokens. {_TOLD}")
-        cp = self.target if isinstance(self.target, ContextParallel) else None
-        whole = (position_ids if cp is None else cp.unshard(position_ids.contiguous(), dim=1)).cpu().numpy()
-        cu_seqlens = _starts(whole)
-        if cp is not None and cp.world_size > 1:
-            at = np.concatenate([cp._layout(whole.shape[1], None).positions(rank) for rank in range(cp.world_size)])
-            if (whole[0][at].reshape(cp.world_size, -1) == np.arange(tokens)).all():
-                raise ValueError(_UNTOLD.format(tokens - 1))
-        return torch.from_numpy(cu_seqlens)
+        cp = self.target
+        if not isinstance(cp, ContextParallel) or cp.world_size == 1:
+            return torch.from_numpy(_starts(position_ids.cpu().numpy())) if cu_seqlens is None else cu_seqlens
+        documents = None if cu_seqlens is None or len(cu_seqlens) == 2 else cu_seqlens
+        length = None if cu_seqlens is None else int(cu_seqlens[-1])
+        row = cp.unshard(position_ids.contiguous(), 1, documents, length).cpu().numpy()
+        held = [cp._layout(row.shape[1], documents).positions(rank) for rank in range(cp.world_size)]
+        begins = set() if cu_seqlens is None else set(cu_seqlens.tolist())
+        if all((row[0][at] == np.arange(len(at))).all() for at in held) and not {int(at[0]) for at in held} <= begins:
+            raise ValueError(_UNTOLD.format(tokens - 1))
+        return torch.from_numpy(_starts(row)) if cu_seqlens is None else cu_seqlens
 
-    def shard_batch(self, batch: Mapping[str, Any], cu_seqlens: Tensor | None = None) -> dict[str, Any]:
+    def shard_batch(
+        self, batch: Mapping[str, Any], cu_seqlens: Tensor | None = None, device: torch.device | str | None = None
+    ) -> dict[str, Any]:
         """This rank's part of a batch that every rank has whole.
 
         Args:
             batch: ``input_ids`` or ``inputs_embeds`` ``[B, S(, ...)]``, and where there are any ``position_ids`` ``[B or 1, S]``,
-                which begin at 0 in each document; ``attention_mask`` ``[B, S]`` of ones, or with padding at the end where attention
-                is causal; ``labels`` ``[B, S]``, unshifted, -100 for none. Everything else is passed on as it is.
-            cu_seqlens: int32 boundaries of documents packed in the row ``[0, ..., S]``; what `position_ids` say where None.
+                which begin at 0 in each document; ``cu_seq_lens_q``; ``attention_mask`` ``[B, S]`` of ones, or with padding at the
+                end where attention is causal; ``labels`` ``[B, S]``, unshifted, -100 for none; ``num_items_in_batch``, tokens with
+                a loss of all the batches that make a step. What is no tensor is passed on.
+            cu_seqlens: int32 boundaries of documents packed in the row ``[0, ..., S]``; what the batch says where None.
+            device: of the result; that of the batch where None.
 
         Returns:
             The batch for the model: shards, with ``position_ids`` and ``cu_seq_lens_q`` (of the whole row). With labels also
-            ``shift_labels``, the next tokens of this rank's tokens, none across documents, and ``num_items_in_batch``, the tokens
-            with a loss over the number of ranks: so the mean of the ranks' losses, and of their gradients as DDP and FSDP take it,
-            is that of one device. Where the library's loss does not take ``shift_labels`` (4.48), no labels: see `next_token_loss`.
+            ``shift_labels``, the next tokens of this rank's tokens, none across documents, and ``num_items_in_batch`` over the
+            number of ranks: so the mean of the ranks' losses, and of their gradients as DDP and FSDP take it, is that of one
+            device. Where the library's loss does not take ``shift_labels`` (4.48), no labels: see `next_token_loss`.
 
         Raises:
-            ValueError: no tokens, tensors that do not fit, a mask with padding that is not at the end.
+            ValueError: no tokens, fewer than ranks; tensors that do not fit, or that are none of these; a mask with padding that is
+                not at the end; labels on padding.
         """
         cp = self.target
         if not isinstance(cp, ContextParallel):
             raise ValueError(f"{self!r} takes whole batches: pass it a ContextParallel to cut them")
-        batch = dict(batch)
-        tokens = next((batch[name] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None), None)
-        if tokens is None:
-            raise ValueError(f"no input_ids or inputs_embeds among {sorted(batch)}")
+        self._check_name()
+        whole = _checked({name: x for name, x in batch.items() if x is not None})
+        tokens = whole[next(name for name in TOKENS if name in whole)]
         length = tokens.shape[1]
-        for name in ("labels", "position_ids", "attention_mask"):
-            if batch.get(name) is not None and batch[name].shape[-1] != length:
-                raise ValueError(f"{name} has shape {tuple(batch[name].shape)}, the batch {length} tokens")
-        self._padded = _padded(batch.pop("attention_mask", None))
-        positions = batch.pop("position_ids", None)
-        cu = _boundaries(cu_seqlens, positions, length)
+        if cu_seqlens is not None and "cu_seq_lens_q" in whole:
+            raise ValueError("cu_seq_lens_q in the batch and cu_seqlens: give one")
+        mask, positions = whole.get("attention_mask"), whole.get("position_ids")
+        cu = _boundaries(whole.get("cu_seq_lens_q", cu_seqlens), positions, length)
         table = torch.from_numpy(cu)
-        at = {"cu_seqlens": None if len(cu) == 2 else table}
-        out = {name: cp.shard(x, 1, **at) if name in ("input_ids", "inputs_embeds") else x for name, x in batch.items()}
-        if positions is None:
-            out["position_ids"] = cp.position_ids(length, at["cu_seqlens"], tokens.device).unsqueeze(0)
-        else:
-            out["position_ids"] = cp.shard(positions, 1, **at)
-        self._remember(out["position_ids"], table)
+        documents = None if len(cu) == 2 else table
+        counts = cp._layout(length, documents).counts
+        if not counts.all():
+            raise ValueError(f"a row of {length} tokens gives the ranks {counts.tolist()}: models take one or more each")
+        following = None if "labels" not in whole else _next_labels(whole["labels"], cu, mask)
+        self._padded |= mask is not None and not bool(mask.all())
+        out = {name: x for name, x in whole.items() if name not in PARTS}
+        out |= {name: cp.shard(whole[name], 1, documents).to(device) for name in TOKENS if name in whole}
+        own = cp.position_ids(length, documents).unsqueeze(0) if positions is None else cp.shard(positions, 1, documents)
+        out["position_ids"] = own.to(tokens.device if device is None else device)
+        self._remember(out["position_ids"], table, ours=True)
         out["cu_seq_lens_q"] = out["cu_seq_lens_k"] = table.to(torch.int32)
-        if batch.get("labels") is not None:
-            following = nn.functional.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].clone()
-            following[:, cu[1:] - 1] = IGNORED
-            out["shift_labels"] = cp.shard(following, 1, **at)
-            del out["labels"]
+        self._remember(out["cu_seq_lens_q"], table, ours=True)
+        if following is not None:
+            out["shift_labels"] = cp.shard(following, 1, documents).to(device)
             if _takes_shift_labels():
                 out["labels"] = out["shift_labels"]
-            out["num_items_in_batch"] = (following != IGNORED).sum().clamp(min=1) / cp.world_size
+            items = whole.get("num_items_in_batch", (following != IGNORED).sum())
+            out["num_items_in_batch"] = max(float(items), 1.0) / cp.world_size  # no tensor: mixed precision would round it
         return out
+
+
+TOKENS = ("input_ids", "inputs_embeds")
+ROWS = ("labels", "attention_mask", "position_ids")
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+PARTS = (*TOKENS, *ROWS, *BOUNDS, "num_items_in_batch")
+"""What `Attention.shard_batch` knows of a batch."""
+
+
+class _Told(NamedTuple):
+    """What a tensor said of documents, and whether it is one that `Attention.shard_batch` made."""
+
+    by: Tensor
+    cu_seqlens: Tensor
+    ours: bool
+
+
+def _checked(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch; ValueError where a tensor does not fit, or would have to be cut in a way that is not known here."""
+    if not batch.keys() & set(TOKENS):
+        raise ValueError(f"no input_ids or inputs_embeds among {sorted(batch)}")
+    if wrong := [name for name in (*TOKENS, *ROWS) if name in batch and not isinstance(batch[name], Tensor)]:
+        raise ValueError(f"{', '.join(wrong)}: give tensors")
+    tokens = batch[next(name for name in TOKENS if name in batch)]
+    others = [name for name, x in batch.items() if name not in (*TOKENS, *PARTS) and isinstance(x, Tensor) and x.dim()]
+    others += [name for name in ("logits_to_keep", "num_logits_to_keep") if name in batch]
+    if others:
+        raise ValueError(
+            f"{', '.join(others)}: not known here, and a model would take the whole for this rank's; leave it out, or cut it with "
+            "ContextParallel.shard and put it into the result"
+        )
+    for name in ROWS:
+        x = batch.get(name)
+        if x is not None and (x.dim() != 2 or x.shape[1] != tokens.shape[1] or x.shape[0] not in (1, tokens.shape[0])):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; give [B, S] for tokens {tuple(tokens.shape[:2])}")
+    if batch.get("labels", tokens).shape[0] != tokens.shape[0]:
+        raise ValueError(f"labels of {batch['labels'].shape[0]} rows for {tokens.shape[0]}")
+    mask = batch.get("attention_mask")
+    if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
+        raise ValueError("attention_mask with padding before tokens: pad at the end, or pack the documents into one row")
+    return batch
+
+
+def _next_labels(labels: Tensor, cu: np.ndarray, mask: Tensor | None) -> Tensor:
+    """For each token the next one of its document, none at its end; ValueError for one that is predicted from padding."""
+    following = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].clone()
+    following[:, cu[1:] - 1] = IGNORED
+    if mask is not None and ((following != IGNORED) & (mask == 0)).any():
+        raise ValueError(f"labels on padding, which sees other tokens here: set them to {IGNORED}")
+    return following
 
 
 def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -235,37 +335,11 @@ def _identity(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr(), tuple(x.shape), x.stride(), None if x.is_inference() else x._version
 
 
-def _check(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    kwargs: Mapping[str, Any],
-    causal: bool,
-    sliding_window: int | None,
-) -> None:
-    """ValueError or NotImplementedError for what a layer asks and this attention does not do."""
-    if attention_mask is not None:
-        raise ValueError(_NO_MASK)
-    if key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"{query.shape[2]} queries and {key.shape[2]} keys: generation with a cache and cross attention are not cut; pass "
-            "use_cache=False, or take another implementation for them"
-        )
-    if kwargs.get("output_attentions"):
-        raise NotImplementedError("output_attentions: attention weights are never in memory here; take 'eager' to look at them")
-    if sliding_window is not None and not causal:
-        raise NotImplementedError("a sliding window without a causal mask: models differ in what they mean by it")
-    layers, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
-    if layers and layer is not None and layers[layer] not in ("full_attention", "sliding_attention"):
-        raise NotImplementedError(f"layer {layer} has {layers[layer]!r}: full_attention and sliding_attention are done here")
-
-
 _TOLD = "Pass what shard_batch gives, positions of ContextParallel.position_ids, or cu_seq_lens_q, the documents' boundaries"
 _UNTOLD = f"position_ids are 0 .. {{}} on every rank, as a model counts where none are given. {_TOLD}"
 _NO_MASK = (
     "an attention_mask: whole rows and packed documents need none here; leave it out (shard_batch checks and drops it), pass "
-    "position_ids that begin anew in each document for packed rows; before transformers 4.53 also call Attention.apply(model)"
+    "position_ids that begin anew in each document for packed rows; and call Attention.apply(model)"
 )
 
 
@@ -279,17 +353,6 @@ def refuse_masks(*args: Any, attention_mask: Tensor | None = None, use_vmap: boo
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     refuse_masks(attention_mask=args[0] if args else kwargs.get("attention_mask"))
-
-
-def _padded(attention_mask: Tensor | None) -> bool:
-    """Whether there is padding; ValueError unless it is behind a row's tokens, which see none of it under a causal mask."""
-    if attention_mask is None:
-        return False
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: give [B, S], or none")
-    if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
-        raise ValueError("attention_mask with padding before tokens: pad at the end, or pack the documents into one row")
-    return not attention_mask.all()
 
 
 def _boundaries(cu_seqlens: Tensor | None, positions: Tensor | None, length: int) -> np.ndarray:

@@ -1,0 +1,100 @@
+"""Which models of transformers are one device's in all but their attention, and which are refused.
+
+An attention implementation is asked about attention alone. A model that looks at other tokens elsewhere (recurrence, convolution,
+routing losses), that does not ask by name, or that tells of its mask only by the mask, would be wrong without an error. So families
+are named here after they were compared with one device; the rest is for who knows what they do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+FAMILIES = frozenset(
+    {
+        *("apertus", "arcee", "bitnet", "cohere", "cohere2", "cwm", "deepseek_v2", "deepseek_v3"),
+        *("ernie4_5", "ernie4_5_moe", "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm"),
+        *("glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared"),
+        *("helium", "hunyuan_v1_dense", "internlm3", "llama", "minimax_m2", "ministral", "ministral3", "mistral"),
+        *("mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt"),
+        *("phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
+        *("starcoder2", "vaultgemma"),
+    }
+)
+"""``config.model_type`` of the families that were compared, logits and gradients, on 2 ranks (transformers 5.23)."""
+
+HEADS = ("ForCausalLM", "LMHeadModel", "Model")
+"""How classes end whose loss is that of the next token, or that have none."""
+
+SCORED = ("position_bias", "indices", "block_indices", "sinks", "head_mask")
+"""What some layers pass that changes scores, and that has no meaning here."""
+
+ATTENTION = {"full_attention", "sliding_attention"}
+
+
+def check_model(model: Any, any_model: bool) -> None:
+    """NotImplementedError for a model that does not ask for attention by name, or that nobody has compared."""
+    import transformers
+
+    name = type(model).__name__
+    if not any_model:
+        check_family(model.config)
+        if not name.endswith(HEADS):
+            raise NotImplementedError(f"{name}: its loss may look at other tokens than the next; {_OPEN}")
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            source = sys.modules[type(part).__module__]
+            own = [x for x in part.modules() if "ttention" in type(x).__name__ and type(x).__module__ == source.__name__]
+            if own and not hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
+                raise NotImplementedError(
+                    f"{type(part).__name__} of transformers {transformers.__version__} does not ask for its attention by name"
+                )
+
+
+def check_family(config: Any) -> None:
+    """NotImplementedError unless models of a config were compared."""
+    if (family := getattr(config, "model_type", None)) not in FAMILIES:
+        raise NotImplementedError(f"models of {family!r} have not been compared with one device; {_OPEN}")
+
+
+_OPEN = "where only attention looks at other tokens, pass any_model=True, and compare"
+
+
+def check_config(config: Any, world_size: int) -> None:
+    """NotImplementedError for settings by which a model looks at other tokens outside of its attention."""
+    if others := set(getattr(config, "layer_types", None) or ()) - ATTENTION:
+        raise NotImplementedError(f"layer_types {sorted(others)}: {' and '.join(sorted(ATTENTION))} are done here")
+    if getattr(config, "output_router_logits", False):
+        raise NotImplementedError("output_router_logits: the routers' loss is of all tokens together; switch it off")
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError("encoders with decoders: their tokens are cut apart")
+    if world_size > 1 and (kinds := _rope_types(config) & {"dynamic", "longrope"}):
+        raise NotImplementedError(f"RoPE of {sorted(kinds)}: each rank would take its frequencies by its own last position")
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Of the layers."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return {str(each.get("rope_type", each.get("type"))) for each in (rope, *rope.values()) if isinstance(each, Mapping)}
+
+
+def check_layer(module: nn.Module, kwargs: Mapping[str, Any], causal: bool, sliding_window: int | None) -> None:
+    """ValueError or NotImplementedError for what a layer asks and this attention does not do."""
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError("output_attentions: attention weights are never in memory here; take 'eager' to look at them")
+    if asked := [
+        name for name in ("position_bias", "indices", "block_indices", "sinks", "head_mask") if kwargs.get(name) is not None
+    ]:
+        raise NotImplementedError(f"{type(module).__name__} asks for {', '.join(asked)}, which is not done here")
+    if getattr(module, "attn_temperature_tuning", False):
+        raise NotImplementedError(f"{type(module).__name__} scales queries by positions that it counts itself")
+    if sliding_window is not None and not causal:
+        raise NotImplementedError("a sliding window without a causal mask: models differ in what they mean by it")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window={sliding_window}: a token sees itself at least")
+    kinds, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and layer is not None and kinds[layer] == "sliding_attention" and sliding_window is None:
+        raise NotImplementedError(f"{type(module).__name__} has a sliding window that it does not tell")
