@@ -1,8 +1,7 @@
-"""Users of ring-flash-attention change the import: the signatures of its release 0.1.8, and its calls as its users write them."""
+"""Users of ring-flash-attention change the import: its calls as its users write them; signatures are in `test_spec`."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -15,35 +14,6 @@ from torch import Tensor
 import nnscaler_ring as ring_flash_attn
 from nnscaler_ring.core import mask
 from tests import oracle
-
-TAIL = "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), alibi_slopes=None, deterministic=False, "
-TAIL += "return_attn_probs=False, group=None"
-VARLEN = "cu_seqlens, max_seqlen"
-LLAMA3 = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, heads_k_stride, local_k_slice"
-FAMILIES = {"ring_flash_attn": "", "zigzag_ring_flash_attn": "", "stripe_flash_attn": ""}
-FAMILIES |= {"ring_flash_attn_varlen": VARLEN, "zigzag_ring_flash_attn_varlen": VARLEN, "llama3_flash_attn_varlen": LLAMA3}
-TENSORS = {"func": "q, k, v", "kvpacked_func": "q, kv", "qkvpacked_func": "qkv"}
-SIGNATURES = {
-    f"{family}_{form}": ", ".join(filter(None, (tensors, own, TAIL)))
-    for family, own in FAMILIES.items()
-    for form, tensors in TENSORS.items()
-}
-SIGNATURES |= {
-    "llama3_flash_attn_prepare_cu_seqlens": "cu_seqlens, causal, rank, world_size",
-    "substitute_hf_flash_attn": "process_group, heads_k_stride",
-    "update_ring_flash_attn_params": "cu_seqlens, process_group",
-    "use_ring_attn": "flag",
-}
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_names_order_and_defaults(name: str) -> None:
-    parameters = inspect.signature(getattr(ring_flash_attn, name)).parameters.values()
-    ours = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    expected = inspect.signature(eval(f"lambda {SIGNATURES[name]}: None")).parameters.values()
-    assert [p.name for p in ours] == [p.name for p in expected]
-    assert all(p.default == theirs.default for p, theirs in zip(ours, expected, strict=True) if theirs.default is not p.empty)
-
 
 B, S, H, D = 1, 48, 4, 8
 DOCUMENTS = [0, 16, 48]
@@ -106,6 +76,6 @@ def as_written_there(rank: int, world_size: int, family: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CUTS)
 def test_calls_as_their_users_write_them(ranks: Any, family: str) -> None:
     ranks(2).run(as_written_there, family)

@@ -49,6 +49,9 @@ def substitute_hf_flash_attn(process_group: dist.ProcessGroup | None, heads_k_st
 
     Raises:
         ValueError: this process is not in the group, or a stride below 0.
+
+    Example:
+        >>> substitute_hf_flash_attn(None)  # then from_pretrained(..., attn_implementation="flash_attention_2")
     """
     ring = _Substitute(process_group, heads_k_stride)
     register(ring.name, _switched(ring, registered("sdpa")[0] or ring), _switched(refuse_masks, registered("sdpa")[1] or _nothing))
@@ -75,6 +78,10 @@ def update_ring_flash_attn_params(cu_seqlens: Tensor, process_group: dist.Proces
 
     Raises:
         ValueError: not ascending from 0.
+
+    Example:
+        >>> import torch
+        >>> update_ring_flash_attn_params(torch.tensor([0, 300, 1000], dtype=torch.int32), None)
     """
     table = host_table("cu_seqlens", cu_seqlens)
     if table is None or len(table) < 2:
@@ -84,5 +91,9 @@ def update_ring_flash_attn_params(cu_seqlens: Tensor, process_group: dist.Proces
 
 
 def use_ring_attn(flag: bool) -> None:
-    """Whether `substitute_hf_flash_attn` is in force; False: transformers' own attention, on each rank's tokens alone."""
+    """Whether `substitute_hf_flash_attn` is in force; False: transformers' own attention, on each rank's tokens alone.
+
+    Example:
+        >>> use_ring_attn(True)
+    """
     _ON[0] = bool(flag)
