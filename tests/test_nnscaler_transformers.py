@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from nnscaler_ring import wrap_ring_attn_func, wrap_zigzag_attn_func
@@ -28,10 +29,22 @@ class Llama(nn.Module):
         super().__init__()
         self.model = build(self.family, use_cache=False)
         Attention(self.op, type(self).__name__).apply(self.model)
+        self.register_buffer("documents", torch.tensor([0, 5, 6, SEQ], dtype=torch.int32))
+
+    def told(self) -> dict[str, Tensor]:
+        """Besides tokens and positions."""
+        return {}
 
     def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        logits = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        logits = self.model(input_ids=tokens, position_ids=positions, use_cache=False, **self.told()).logits
         return summed_cross_entropy(logits, labels) / (BATCH * SEQ)
+
+
+class Packed(Llama):
+    """Three documents in a row."""
+
+    def told(self) -> dict[str, Tensor]:
+        return {"cu_seq_lens_q": self.documents}
 
 
 class Mistral(Llama):
@@ -50,7 +63,7 @@ class Gemma3(Llama):
     family = "gemma3"
 
 
-MODELS = [model for model in (Llama, Mistral, Qwen3, Gemma2, Gemma3) if has(model.family)]
+MODELS = [model for model in (Llama, Packed, Mistral, Qwen3, Gemma2, Gemma3) if has(model.family)]
 RUNS = [Run(model, parts=parts) for model in MODELS for parts in ({}, {"heads": 2})]  # type: ignore[arg-type]
 
 

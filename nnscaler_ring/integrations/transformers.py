@@ -151,7 +151,8 @@ class Attention:
         options: dict[str, Any] = {"softmax_scale": scaling, "dropout_p": dropout, "softcap": softcap or 0.0}
         options |= {"learnable_sink": s_aux, "window_size": window}
         if not isinstance(self.target, ContextParallel):
-            cu_seqlens = None if nnscaler.tracing() else self._documents(kwargs, query.shape[2], first)[0]
+            traced = nnscaler.tracing()  # what tensors contain is not known then
+            cu_seqlens = kwargs.get("cu_seq_lens_q") if traced else self._documents(kwargs, query.shape[2], first)[0]
             return self.target(q, k, v, causal=causal, cu_seqlens=cu_seqlens, **options), None
         cu_seqlens, seq_len = self._documents(kwargs, query.shape[2], first)
         out = self.target.attention(q, k, v, "causal" if causal else "full", cu_seqlens=cu_seqlens, seq_len=seq_len, **options)
