@@ -31,6 +31,7 @@ class AtenCpu(Tiled):
     name = "aten"
     shares_heads = TorchVersion(torch.__version__) >= "2.13"
     """On 2.6 its backward with fewer key heads writes out of bounds; 2.13 is right, and releases between were not tried."""
+    merges_exactly = True
 
     def check_sizes(self, case: Case) -> None:
         if case.device != "cpu":

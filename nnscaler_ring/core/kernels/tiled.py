@@ -24,6 +24,8 @@ class Tiled(Kernel):
 
     shares_heads = True
     """Both passes take fewer key heads than query heads."""
+    merges_exactly = False
+    """What is merged is computed in fp32, not rounded before, and its log-sum-exps summed in float64: where that is no slower."""
 
     @abstractmethod
     def attend(self, read: Sequence[Tensor], causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -37,7 +39,7 @@ class Tiled(Kernel):
         head_dim_v = v.shape[-1]
         q, k, v = pad(q, k, v)
         k, v = self._heads_as(q, k), self._heads_as(q, v)
-        if scores.merged:  # what is merged is not rounded before
+        if scores.merged and self.merges_exactly:
             q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         parts = [self._span(q[:, i0:i1], k[:, j0:j1], v[:, j0:j1], window, scores.scale) for i0, i1, j0, j1 in rows(spans)]
         out, lse = parts[0] if len(parts) == 1 else (torch.cat([o for o, _ in parts], 1), torch.cat([x for _, x in parts], 2))
@@ -67,8 +69,8 @@ class Tiled(Kernel):
         disjoint = sum((p.i1 - p.i0) * p.repeat for p in pieces) == q.shape[1]
         exact = torch.promote_types(q.dtype, torch.float32)
         out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype if disjoint else exact)
-        lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=exact if disjoint else torch.float64)
-        if not disjoint:
+        lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=torch.float64 if self.merges_exactly and not disjoint else exact)
+        if self.merges_exactly and not disjoint:
             q, k, v = q.to(exact), k.to(exact), v.to(exact)
         for piece in pieces:
             for b in _batches(piece, q.shape[0]):
