@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ from .core.mask import Mask, check_cu_seqlens
 from .core.recipe import Recipe, content, layout_of
 from .core.relayout import gather
 from .core.transport import transport_of
+
+KNOWN = tuple(sorted({field.name for field in fields(Options)} - {"softmax_scale", "causal", "far"}))
+"""Options of `ContextParallel.attention` by keyword."""
 
 
 def _mesh_name(mesh: DeviceMesh) -> str:
@@ -75,6 +78,7 @@ class ContextParallel:
         check_names(self._recipe)
         self._transport = transport_of(self._recipe.group)
         self._uneven = False  # the last shards given out were of different lengths
+        self._by_documents: bool | None = None  # and were cut by documents, where the layout may look at them
         self.rank: int = self._transport.ranks[0]
         self.world_size: int = self._transport.world_size
 
@@ -109,6 +113,7 @@ class ContextParallel:
     def shard(self, x: Tensor, dim: int, cu_seqlens: Tensor | None = None) -> Tensor:
         """This rank's tokens of `x`, which every rank has whole: ``[..., S, ...] -> [..., L, ...]``; differentiable."""
         held = self._layout(x.shape[dim], cu_seqlens)
+        self._by_documents = cu_seqlens is not None
         self._uneven = bool((held.counts != held.counts[0]).any())
         positions = held.positions(self.rank)
         return x.index_select(dim, torch.from_numpy(positions).to(x.device))
@@ -124,6 +129,7 @@ class ContextParallel:
             cu_seqlens: boundaries of packed documents.
             seq_len: `S`, where ranks hold different numbers of tokens; ``world_size * L`` where None.
         """
+        self._check_documents(cu_seqlens)
         seq_len = self._total(x.shape[dim], cu_seqlens, seq_len)
         held = int(self._layout(seq_len, cu_seqlens).counts[self.rank])
         if x.shape[dim] != held:
@@ -133,6 +139,15 @@ class ContextParallel:
         rows = x.movedim(dim, 0).unsqueeze(0)
         whole = gather(rows, host_table("cu_seqlens", cu_seqlens), seq_len, self._recipe.layout, self._recipe.group)
         return whole.squeeze(0).movedim(0, dim)
+
+    def _check_documents(self, cu_seqlens: Tensor | None) -> None:
+        """ValueError where the last shards were cut with boundaries that are missing here, or without some that are given."""
+        if looks_at_documents(self._recipe.layout) and self._by_documents not in (None, cu_seqlens is not None):
+            cut, now = ("with", "none") if self._by_documents else ("without", "some")
+            raise ValueError(
+                f"the last shards were cut {cut} cu_seqlens, here are {now}: layout {self._recipe.layout!r} places tokens by their "
+                "documents, so give the same boundaries to every call"
+            )
 
     def _total(self, tokens: int, cu_seqlens: Tensor | None, seq_len: int | None) -> int:
         if seq_len is not None:
@@ -179,11 +194,14 @@ class ContextParallel:
             raise ValueError("a Mask says everything: leave out cu_seqlens, window_size, sinks and prefix")
         if not isinstance(mask, Mask) and mask not in ("causal", "full"):
             raise ValueError(f"mask={mask!r}: give 'causal', 'full' or a Mask")
+        if unknown := [name for name in options if name not in KNOWN]:
+            raise TypeError(f"attention() takes no {', '.join(unknown)}: mask= says 'causal' or 'full'; besides there are {KNOWN}")
         settled = Options(softmax_scale=softmax_scale, causal=mask == "causal", **options)
         if cu_seqlens is None and needs_documents(self._recipe.layout):
             raise ValueError(f"layout {self._recipe.layout!r} cuts each document: pass cu_seqlens")
         if torch.compiler.is_compiling():
             return attend(q, k, v, self._recipe, settled, rows)
+        self._check_documents(cu_seqlens)
         cu_seqlens = host_table("cu_seqlens", cu_seqlens)  # read from the device once
         total = self._total(q.shape[q.dim() - 3], cu_seqlens, rows.seq_len)
         self._layout(total, cu_seqlens)

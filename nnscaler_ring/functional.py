@@ -11,6 +11,7 @@ A function here is data: a layout and a transport. What they mean is in `core.la
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -308,7 +309,7 @@ def ring_sliding_window_attn_varlen(
     """
     name = group_name(cp_group)
     _check_group(name, cp_size, cp_local_rank, cp_prev_global_rank, cp_next_global_rank)
-    if window_size < 0:
+    if not isinstance(window_size, Integral) or window_size < 0:
         raise ValueError(f"window_size={window_size}: give the number of earlier keys a query sees, >= 0")
     recipe = Recipe(group=name, transport=transport, kernel=kernel)
     options = Options(softmax_scale=softmax_scale, causal=True, window_size=(window_size, 0), sinks=num_sinks)

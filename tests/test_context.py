@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -322,7 +323,29 @@ def test_refused(ranks) -> None:
     no_faults([refused(0, 1), *ranks(2).run(refused)])
 
 
+def test_forgotten_boundaries_are_refused() -> None:
+    """The layout places tokens by documents, which shards alone do not tell."""
+    cp, cu = ContextParallel(layout="balanced"), torch.tensor([0, 5, 8], dtype=torch.int32)
+    x = cp.shard(torch.randn(1, 8, 2, 4), dim=1, cu_seqlens=cu)
+    with no_communication():
+        with pytest.raises(ValueError, match="were cut with cu_seqlens, here are none"):
+            cp.attention(x, x, x)
+        with pytest.raises(ValueError, match="were cut with cu_seqlens, here are none"):
+            cp.unshard(x, dim=1)
+        x = cp.shard(torch.randn(1, 8, 2, 4), dim=1)
+        with pytest.raises(ValueError, match="were cut without cu_seqlens, here are some"):
+            cp.attention(x, x, x, cu_seqlens=cu)
+
+
+def test_dtensors_are_for_the_ops() -> None:
+    x = torch.randn(1, 8, 2, 4)
+    with mock.patch("nnscaler_ring.core.call.DTensor", torch.Tensor), pytest.raises(ValueError, match=r"call a wrap_\* op"):
+        ContextParallel().attention(x, x, x)
+
+
 def test_an_unknown_option_is_an_error() -> None:
+    with pytest.raises(TypeError, match="takes no causal: mask= says"):
+        ContextParallel().attention(*[torch.randn(1, 8, 2, 4)] * 3, causal=True)
     x = torch.zeros(1, 8, 2, 8)
     with pytest.raises(TypeError, match="windows"), no_communication():
         ContextParallel().attention(x, x, x, windows=(3, 0))

@@ -346,10 +346,16 @@ def test_bad_batches_are_refused() -> None:
     cu = torch.tensor([0, 9], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens"):
         attention.shard_batch({"input_ids": ids}, cu_seqlens=cu)
+    with pytest.raises(ValueError, match=r"begin anew at \[3\]"):
+        cut = torch.tensor([0, 2, 6], dtype=torch.int32)
+        attention.shard_batch({"input_ids": ids, "position_ids": positions[1:]}, cu_seqlens=cut)
+    with pytest.raises(ValueError, match="give a ContextParallel"):
+        Attention("zigzag", "wrong")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give one"):
         attention.shard_batch({"input_ids": ids, "cu_seq_lens_q": cu}, cu_seqlens=cu)
     short = Attention(ContextParallel(), "short")
     short.target = mock.Mock(spec=ContextParallel, world_size=2)  # type: ignore[assignment]
+    short.target._recipe = mock.Mock(layout="zigzag")
     short.target._layout.return_value = layouts.build("zigzag", 1, 2)
     with pytest.raises(ValueError, match=r"a row of 1 tokens gives the ranks \[1, 0\]"):
         short.shard_batch({"input_ids": ids[:, :1]})

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from . import engine, kernels
 from .layouts import check_layout
@@ -66,7 +67,7 @@ class Options:
     far: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.dropout_p < 1.0:
+        if self.dropout_p is None or not 0.0 <= self.dropout_p < 1.0:
             raise ValueError(f"dropout_p={self.dropout_p}: a probability in [0, 1) is allowed")
         if not 0.0 <= self.softcap < float("inf"):
             raise ValueError(f"softcap={self.softcap}: give a positive number, or 0 for none")
@@ -268,6 +269,8 @@ def check(
     Returns:
         The whole recipe, the numbers of query and key tokens of the whole sequence, and the tables ``cu_q, cu_k, slices``.
     """
+    if any(isinstance(x, DTensor) for x in (q, k, v)):
+        raise ValueError("DTensors: call a wrap_* op, which reads their placements, or pass x.to_local() of each")
     check_qkv(q, k, v)
     check_names(recipe)
     recipe = replace(

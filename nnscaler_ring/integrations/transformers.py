@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..annotations import nnscaler
 from ..context import ContextParallel
 from ..core.call import host_table
+from ..core.layouts import looks_at_documents
 from ..core.mask import check_cu_seqlens
 from . import families
 
@@ -52,6 +53,8 @@ class Attention:
     def __init__(self, target: ContextParallel | Callable[..., Any], name: str = "nnscaler_ring", any_model: bool = False) -> None:
         if any(word in name for word in ("flash", "paged", "eager", "sdpa", "flex")):
             raise ValueError(f"name={name!r}: transformers takes it for an implementation of its own")
+        if not isinstance(target, ContextParallel) and not callable(target):
+            raise ValueError(f"target {target!r}: give a ContextParallel, or a wrap_*_attn_func op")
         self.target = target
         self.name = name
         self.any_model = any_model
@@ -181,7 +184,13 @@ class Attention:
             table = host_table("cu_seq_lens_q", cu_seqlens)
             known = self._remember(said, table if position_ids is None else self._read(position_ids, tokens, table))
         self._known.move_to_end(key)
-        return (known.cu_seqlens if len(known.cu_seqlens) > 2 else None), int(known.cu_seqlens[-1])
+        return self._told(known.cu_seqlens), int(known.cu_seqlens[-1])
+
+    def _told(self, cu_seqlens: Tensor) -> Tensor | None:
+        """Boundaries as calls take them: None for one document, but for layouts that look at documents."""
+        cp = self.target
+        looks = isinstance(cp, ContextParallel) and looks_at_documents(cp._recipe.layout)
+        return cu_seqlens if len(cu_seqlens) > 2 or looks else None
 
     def _remember(self, said: Tensor, cu_seqlens: Tensor | None, ours: bool = False) -> _Told:
         """For the layers to come; the tensor that said it is kept, so that no other is taken for it."""
@@ -198,8 +207,10 @@ class Attention:
         cp = self.target
         if not isinstance(cp, ContextParallel) or cp.world_size == 1:
             return torch.from_numpy(_starts(position_ids.cpu().numpy())) if cu_seqlens is None else cu_seqlens
-        documents = None if cu_seqlens is None or len(cu_seqlens) == 2 else cu_seqlens
+        documents = None if cu_seqlens is None else self._told(cu_seqlens)
         length = None if cu_seqlens is None else int(cu_seqlens[-1])
+        if length is None and cp._uneven:
+            raise ValueError(f"ranks with different numbers of tokens: pass cu_seq_lens_q, [0, S] for one sequence. {_TOLD}")
         row = cp.unshard(position_ids.contiguous(), 1, documents, length).cpu().numpy()
         held = [cp._layout(row.shape[1], documents).positions(rank) for rank in range(cp.world_size)]
         begins = set() if cu_seqlens is None else set(cu_seqlens.tolist())
@@ -242,7 +253,7 @@ class Attention:
         mask, positions = whole.get("attention_mask"), whole.get("position_ids")
         cu = _boundaries(whole.get("cu_seq_lens_q", cu_seqlens), positions, length)
         table = torch.from_numpy(cu)
-        documents = None if len(cu) == 2 else table
+        documents = self._told(table)
         counts = cp._layout(length, documents).counts
         if not counts.all():
             raise ValueError(f"a row of {length} tokens gives the ranks {counts.tolist()}: models take one or more each")
@@ -360,7 +371,10 @@ def _boundaries(cu_seqlens: Tensor | None, positions: Tensor | None, length: int
     """Boundaries of the documents, int64 ``[0, ..., length]``."""
     table = host_table("cu_seqlens", cu_seqlens)
     if table is not None:
-        return check_cu_seqlens("cu_seqlens", table.numpy(), length)
+        cu = check_cu_seqlens("cu_seqlens", table.numpy(), length)
+        if positions is not None and (begin := sorted(set(_starts(positions.cpu().numpy())) - set(cu.tolist()))):
+            raise ValueError(f"position_ids begin anew at {[int(at) for at in begin]}, where cu_seqlens has no boundary")
+        return cu
     if positions is None:
         return np.array([0, length])
     return _starts(positions.cpu().numpy())
