@@ -20,7 +20,7 @@ from .core.recipe import Recipe, content, layout_of
 from .core.relayout import gather
 from .core.transport import transport_of
 
-KNOWN = tuple(sorted({field.name for field in fields(Options)} - {"softmax_scale", "causal", "far"}))
+KNOWN = tuple(sorted({field.name for field in fields(Options)} - {"softmax_scale", "causal"}))
 """Options of `ContextParallel.attention` by keyword."""
 
 
