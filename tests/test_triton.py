@@ -464,7 +464,7 @@ def compile_kernel(name: str, table: str, key: tuple[int, int], dims: tuple[int,
     constants |= {} if flags["ALIBI"] or flags["BIAS"] or flags["DROPOUT"] else {"k_at": None, "q_at": None}
     types = {
         **dict.fromkeys(("q", "k", "v", "out", "d_out"), f"*{dtype}"),
-        **dict.fromkeys(("lse", "delta", "dq", "dk", "dv_sum", "alibi", "bias", "d_bias"), "*fp32"),
+        **dict.fromkeys(("lse", "delta", "logs", "dq", "dk", "dv_sum", "alibi", "bias", "d_bias"), "*fp32"),
         **dict.fromkeys(("q_at", "far_at", "k_at"), "*i64"),
         **dict.fromkeys(("tiles", "visits"), "*i32"),
         **dict.fromkeys(("scale", "softcap", "kept_scale"), "fp32"),

@@ -128,18 +128,17 @@ class Triton(Kernel):
         q, (batch, length, heads, _), heads_k = grad.q, grad.q.shape, k.shape[2]
         given, sizes = _Given(scores, q.device), self._sizes(q, v, scores)
         d_bias = grad.d_bias if scores.bias is not None else None
-        delta = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
+        delta, logs = torch.empty(2, batch, heads, length, dtype=torch.float32, device=q.device)
         if grad.d_lse is not None:
             torch.neg(grad.d_lse, out=delta)
-        lse_strides = (*grad.lse.stride()[:2], grad.lse.stride(2), *delta.stride()[:2])
         (tiles,) = _tables("rows", spans, window, sizes.queries, q.device)
         programs = len(tiles) * batch * heads
         alone, atomic = shares(d_bias, batch, heads, grad.deterministic)
         step = programs if alone is None else len(tiles) * alone
         for program0 in range(0, programs, max(step, 1)):
             compiled.grad_queries[(step,)](
-                *(q, k, v, grad.out, grad.d_out, grad.lse, delta, grad.dq, d_bias, tiles, *given.tensors),
-                *(*_strides(q, k, v, grad.out, grad.d_out), *lse_strides, *_strides(grad.dq)),
+                *(q, k, v, grad.out, grad.d_out, grad.lse, delta, logs, grad.dq, d_bias, tiles, *given.tensors),
+                *(*_strides(q, k, v, grad.out, grad.d_out), *grad.lse.stride(), *delta.stride()[:2], *_strides(grad.dq)),
                 *((0, 0, 0) if d_bias is None else _bias_strides(d_bias)),
                 *given.strides,
                 *(len(tiles), heads, heads // heads_k, *_sides(window), *given.numbers, program0),
@@ -152,8 +151,8 @@ class Triton(Kernel):
         tiles, visits = _tables("keys", spans, window, sizes.keys, q.device)
         if len(tiles):
             compiled.grad_keys[(len(tiles) * batch * heads_k,)](
-                *(q, k, v, grad.d_out, grad.lse, delta, grad.dk, grad.dv, tiles, visits, *given.tensors),
-                *(*_strides(q, k, v, grad.d_out), *lse_strides, *_strides(grad.dk, grad.dv), *given.strides),
+                *(q, k, v, grad.d_out, delta, logs, grad.dk, grad.dv, tiles, visits, *given.tensors),
+                *(*_strides(q, k, v, grad.d_out), *delta.stride()[:2], *_strides(grad.dk, grad.dv), *given.strides),
                 *(len(tiles), heads, heads // heads_k, *_sides(window), *given.numbers),
                 **_constants(q, v, sizes.keys),
                 **given.flags,

@@ -165,7 +165,7 @@ def forward(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=CHANGING)
 def grad_queries(  # type: ignore[no-untyped-def]
-    q, k, v, out, d_out, lse, delta, dq, d_bias, tiles, alibi, bias, q_at, far_at, k_at,
+    q, k, v, out, d_out, lse, delta, logs, dq, d_bias, tiles, alibi, bias, q_at, far_at, k_at,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, out_b, out_l, out_h, do_b, do_l, do_h, lse_b, lse_h, lse_l, delta_b, delta_h,
     dq_b, dq_l, dq_h, db_h, db_l, db_t, alibi_b, alibi_h, bias_h, bias_l, bias_t,
     num_tiles, heads, group, left, right, scale, softcap, kept_scale, dropped, seed_low, seed_high, batch0, head0, program0,
@@ -175,7 +175,8 @@ def grad_queries(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """dq and the gradient of the bias of a tile of query rows in a head; adds ``out . d_out`` of its rows to `delta`.
 
-    With `D_LSE` there is less the gradient of the log-sum-exp in `delta`, else nothing.
+    With `D_LSE` there is less the gradient of the log-sum-exp in `delta`, else nothing. `logs` gets the log-sum-exp as `grad_keys`
+    reads it: times ``log2(e)``, and +inf of rows that see nothing, whose weights are then 0.
     """
     program = tl.program_id(0) + program0
     tile = tiles + program % num_tiles * QUERY_COLUMNS
@@ -199,7 +200,8 @@ def grad_queries(  # type: ignore[no-untyped-def]
     tl.store(delta + b * delta_b + h * delta_h + i, common, mask=there)
     given = given.to(v.dtype.element_ty)
     log = tl.load(lse + b * lse_b + h * lse_h + i.to(tl.int64) * lse_l, mask=there, other=float("inf")) * LOG2E
-    log = tl.where(log == float("-inf"), float("inf"), log)  # rows that see nothing have weights of 0
+    log = tl.where(log == float("-inf"), float("inf"), log)
+    tl.store(logs + b * delta_b + h * delta_h + i, log, mask=there)
     k_from = k + b * k_b + h // group * k_h + (n[:, None] * k_l + d[None, :])
     v_from = v + b * v_b + h // group * v_h + (n[:, None] * v_l + dv[None, :])
     if DROPOUT:
@@ -262,8 +264,8 @@ def grad_queries(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=CHANGING)
 def grad_keys(  # type: ignore[no-untyped-def]
-    q, k, v, d_out, lse, delta, dk, dv_sum, tiles, visits, alibi, bias, q_at, far_at, k_at,
-    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, lse_b, lse_h, lse_l, delta_b, delta_h,
+    q, k, v, d_out, delta, logs, dk, dv_sum, tiles, visits, alibi, bias, q_at, far_at, k_at,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, delta_b, delta_h,
     dk_b, dk_l, dk_h, dv_b, dv_l, dv_h, alibi_b, alibi_h, bias_h, bias_l, bias_t,
     num_tiles, heads, group, left, right, scale, softcap, kept_scale, dropped, seed_low, seed_high, batch0, head0,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -307,9 +309,12 @@ def grad_keys(  # type: ignore[no-untyped-def]
                 query = _load(q_from + h * q_h + start * q_l, i < reach_end, d < D, masked, D != BLOCK_D)
                 given = _load(do_from + h * do_h + start * do_l, i < reach_end, dv < DV, masked, DV != BLOCK_DV).to(value.dtype)
                 rows_in = i < reach_end
-                log = tl.load(lse + b * lse_b + h * lse_h + i.to(tl.int64) * lse_l, mask=rows_in, other=float("inf")) * LOG2E
-                log = tl.where(log == float("-inf"), float("inf"), log)
-                common = tl.load(delta + b * delta_b + h * delta_h + i, mask=rows_in, other=0.0)
+                in_head = b * delta_b + h * delta_h
+                if masked:
+                    log = tl.load(logs + in_head + i, mask=rows_in, other=float("inf"))
+                    common = tl.load(delta + in_head + i, mask=rows_in, other=0.0)
+                else:
+                    log, common = tl.load(logs + in_head + i), tl.load(delta + in_head + i)
                 s = _dot(key, tl.trans(query), PRECISION)
                 slope, distance, added = 0.0, 0, 0.0
                 if ALIBI:
