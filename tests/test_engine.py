@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import opcheck
 
 from nnscaler_ring.core import engine
 from nnscaler_ring.core.mask import build
@@ -77,7 +78,7 @@ def test_calls_share_no_memory(how: Recipe) -> None:
     answers = []
     for _ in range(2):
         out, lse = op(*given[:3], how)
-        grads = engine.attention_backward([given.d_out, *given[:3], out, lse], None, [], *rest, False)
+        grads = engine.attention_backward([given.d_out, *given[:3], out, lse], None, *rest, False)
         answers.append([x.clone() for x in (out, lse, *grads)])
         for x in (out, lse, *grads):
             assert all(x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() for y in given)
@@ -201,10 +202,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     ways.append(((None, None, None), recipe(transport="all_to_all")))
     for tables, how in ways:
         given_tables, rest = [*tables, None, None, None], (SCALE, 0, str(how))
-        torch.library.opcheck(engine.attention, (*leaves(given), *given_tables, 21, 21, *rest), test_utils=utils)
+        opcheck(engine.attention, (*leaves(given), *given_tables, 21, 21, *rest), test_utils=utils)
         out, lse, kept = engine.attention(*given[:3], *given_tables, 21, 21, *rest)
-        saved = ([given.d_out, *given[:3], out, lse], None, kept, given_tables, [21, 21], *rest, False)
-        torch.library.opcheck(engine.attention_backward, saved, test_utils=("test_schema", "test_faketensor"))
+        saved = ([given.d_out, *given[:3], out, lse, *kept], None, given_tables, [21, 21], *rest, False)
+        opcheck(engine.attention_backward, saved, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_shard_of_the_wrong_size_is_refused() -> None:

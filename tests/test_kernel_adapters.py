@@ -585,7 +585,7 @@ def test_what_is_installed_has_the_signatures_recorded_here() -> None:
         kernel = release.kernel
         assert isinstance(kernel, FlashAttn2 | FlashAttn3 | FlashAttn4)
         try:
-            module = kernel.library.load()
+            module = kernel.package.load()
         except NotImplementedError:
             continue
         kernel.check_functions(module, frozenset())

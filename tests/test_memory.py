@@ -62,7 +62,7 @@ def peaks(monkeypatch: pytest.MonkeyPatch, **how: object) -> tuple[float, float]
     run = lambda: engine.attention(q, k, v, *tables, *total, *rest)  # noqa: E731
     out, lse, kept = run()
     forward = peak(run)
-    backward = lambda: engine.attention_backward([d_out, q, k, v, out, lse], None, kept, tables, total, *rest, False)  # noqa: E731
+    backward = lambda: engine.attention_backward([d_out, q, k, v, out, lse, *kept], None, tables, total, *rest, False)  # noqa: E731
     backward()
     return forward, peak(backward)
 

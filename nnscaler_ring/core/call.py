@@ -257,7 +257,7 @@ def total_attention(q: Tensor, k: Tensor, lse: Tensor, recipe: Recipe, options: 
     extras = (*tables, _slopes(q, options), options.bias, None)  # a sink is in the log-sum-exp
     wide = torch.promote_types(q.dtype, torch.float32)
     saved = [*(x.to(wide).contiguous() for x in (ones, q, k, nothing)), torch.zeros_like(ones, dtype=wide), lse]
-    _, _, totals = engine.attention_backward(saved, None, [], extras, total, scale, 0, str(recipe), False)
+    _, _, totals = engine.attention_backward(saved, None, extras, total, scale, 0, str(recipe), False)
     return totals.squeeze(3).transpose(1, 2)
 
 

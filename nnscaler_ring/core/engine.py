@@ -1,6 +1,6 @@
 """The one attention of this package, as ops of torch.
 
-One ``torch.library`` op whose arguments are tensors, numbers and strings, so that autograd, ``torch.compile``, checkpointing and
+A custom op of torch whose arguments are tensors, numbers and strings, so that autograd, ``torch.compile``, checkpointing and
 DTensor see one node: `attention`, with `attention_backward`. What it runs is in `passes`.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from .heads import deal, teams
 from .layouts import looks_at_documents
@@ -19,7 +20,7 @@ from .recipe import Recipe, content, layout_of
 from .transport import LocalTransport, Transport, transport_of
 
 
-@torch.library.custom_op(
+@custom_op(
     "nnscaler_ring::attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? cu_q, Tensor? cu_k, Tensor? slices, Tensor? alibi, Tensor? bias, Tensor? sink, "
@@ -124,16 +125,15 @@ def _held(recipe: Recipe, transport: Transport, inner: int, rank: int, total: in
     return int(teams(layout_of(recipe.layout, int(total), transport.world_size, cu), inner).counts[rank // inner])
 
 
-@torch.library.custom_op(
+@custom_op(
     "nnscaler_ring::attention_backward",
     mutates_args=(),
-    schema="(Tensor[] saved, Tensor? d_lse, Tensor[] kept, Tensor?[] tables, SymInt[] total, float scale, int seed, str recipe, "
+    schema="(Tensor[] saved, Tensor? d_lse, Tensor?[] tables, SymInt[] total, float scale, int seed, str recipe, "
     "bool wants_bias) -> Tensor[]",
 )
 def attention_backward(
     saved: Sequence[Tensor],
     d_lse: Tensor | None,
-    kept: Sequence[Tensor],
     tables: Sequence[Tensor | None],
     total: Sequence[int],
     scale: float,
@@ -144,9 +144,9 @@ def attention_backward(
     """dq, dk and dv of `attention`, from its result over all keys and its log-sum-exp; each call recomputes its weights.
 
     Args:
-        saved: ``d_out, q, k, v, out, lse``; only their shapes are read but of d_out, where there is what the forward pass kept.
+        saved: ``d_out, q, k, v, out, lse`` and the third result of `attention`; where there is one, only the shapes of q to lse
+            are read.
         d_lse: the gradient of lse, or None.
-        kept: the third result of `attention`.
         tables: its ``cu_q, cu_k, slices, alibi, bias, sink``.
         total, scale, seed, recipe: its own.
         wants_bias: d_bias is asked for.
@@ -158,7 +158,7 @@ def attention_backward(
     job = job_of(Recipe.parse(recipe), (total[0], total[1]), documents, scale, seed)
     ranks = range(len(job.plans))
     d_lses = [None for _ in ranks] if d_lse is None else job.shards(d_lse, job.q_layout, dim=2)
-    d_out, q, k, v, out, lse = saved
+    d_out, q, k, v, out, lse, *kept = saved
     by_rank = [job.shards(d_out, job.q_layout)]
     if kept:
         by_rank += [[x] * len(ranks) for x in (q, k, v, out, lse)]
@@ -181,18 +181,8 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(
-    saved: Sequence[Tensor],
-    d_lse: Tensor | None,
-    kept: Sequence[Tensor],
-    tables: Sequence[Tensor | None],
-    total: Sequence[int],
-    scale: float,
-    seed: int,
-    recipe: str,
-    wants_bias: bool,
-) -> list[Tensor]:
-    d_out, *qkv = saved[:4]
+def _(saved: Sequence[Tensor], _: Tensor | None, tables: Sequence[Tensor | None], total: Sequence[int], *rest: Any) -> list[Tensor]:
+    (d_out, *qkv), kept, (_, _, recipe, wants_bias) = saved[:4], saved[6:], rest
     cu_q, cu_k, _, _, bias, sink = tables
     grads = [torch.empty_like(x) for x in qkv]
     if kept:
@@ -230,8 +220,8 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, _: Any)
         d_out = q.new_zeros(q.shape[0], rows, q.shape[2], v.shape[3])
     wants_bias = bias is not None and ctx.needs_input_grad[7]
     total_q, total_k, *rest = ctx.rest
-    read = ([d_out, q, k, v, out, lse], d_lse, list(saved[11:]), [*tables, alibi, bias, sink])
-    dq, dk, dv, *more = attention_backward(*read, [total_q, total_k], *rest, wants_bias)
+    read = [d_out, q, k, v, out, lse, *saved[11:]]
+    dq, dk, dv, *more = attention_backward(read, d_lse, [*tables, alibi, bias, sink], [total_q, total_k], *rest, wants_bias)
     none[:3] = dq, dk, dv
     none[7] = more.pop(0) if wants_bias else None
     none[8] = more.pop(0) if sink is not None else None

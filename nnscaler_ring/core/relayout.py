@@ -1,6 +1,6 @@
 """Moving rows between layouts: into zigzag and back inside an op, and from shards to the whole and back at a model's edge.
 
-Two ``torch.library`` ops over the transports: `relayout`, whose gradient is the way back, and `gather`.
+Two custom ops of torch over the transports: `relayout`, whose gradient is the way back, and `gather`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from .layout import Layout
 from .recipe import content, layout_of
@@ -50,7 +51,7 @@ def _relayout(source: Layout, target: Layout, rank: int, tensors: Sequence[Tenso
     return moved
 
 
-@torch.library.custom_op(
+@custom_op(
     "nnscaler_ring::relayout",
     mutates_args=(),
     schema="(Tensor[] tensors, Tensor? cu_seqlens, int total, str source, str target, str group) -> Tensor[]",
@@ -133,7 +134,7 @@ def _gather(layout: Layout, inner: int, rank: int, x: Tensor) -> Walk:
 _GATHER = "(Tensor x, Tensor? cu_seqlens, int total, str layout, str group) -> Tensor"
 
 
-@torch.library.custom_op("nnscaler_ring::gather", mutates_args=(), schema=_GATHER)
+@custom_op("nnscaler_ring::gather", mutates_args=(), schema=_GATHER)
 def gather(x: Tensor, cu_seqlens: Tensor | None, total: int, layout: str, group: str) -> Tensor:
     """The whole ``[B, total, ...]`` in natural order on every rank, from each rank's rows ``[B, L, ...]``.
 

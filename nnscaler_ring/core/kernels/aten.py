@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from .base import Case, Spans, Window
-from .packed import Call, Packed
+from .packed import Call, Packed, Read
 from .tiled import Tiled
 
 aten = torch.ops.aten
@@ -121,22 +121,19 @@ class AtenCuda(Packed):
         out, lse, *_ = aten._flash_attention_forward(q, k, v, *sizes, 0.0, False, False, scale=call.scale, **_sides(call.window))
         return out, lse
 
-    def gradients(
-        self, call: Call, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_lse: Tensor | None
-    ) -> Sequence[Tensor]:
+    def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
         sizes = (call.cu_q, call.cu_k, *call.most)
-        if call.cu_q is None and suits_cudnn(q, call.most, call.window, call.deterministic):
-            read, causal = [x.transpose(1, 2) for x in (d_out, q, k, v, out)], call.window[1] == 0
-            lse = lse.unsqueeze(3) if _cudnn_lse_dims() == 4 else lse
-            seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of the dropout that is not there
+        if call.cu_q is None and suits_cudnn(read.q, call.most, call.window, call.deterministic):
+            heads_first, causal = [x.transpose(1, 2) for x in read[:5]], call.window[1] == 0
+            lse = read.lse.unsqueeze(3) if _cudnn_lse_dims() == 4 else read.lse
+            seed = torch.zeros((), dtype=torch.int64, device=lse.device)  # of the dropout that is not there
             backward = aten._scaled_dot_product_cudnn_attention_backward
-            grads = backward(*read, lse, seed, seed, None, *sizes, 0.0, causal, scale=call.scale)
+            grads = backward(*heads_first, lse, seed, seed, None, *sizes, 0.0, causal, scale=call.scale)
             return [x.transpose(1, 2) for x in grads]
-        state = torch.zeros(2, dtype=torch.int64, device=q.device)
+        state = torch.zeros(2, dtype=torch.int64, device=read.q.device)
         with _deterministic(call.deterministic):
-            read = [d_out, q, k, v, out, lse]
             backward = aten._flash_attention_backward
-            return backward(*read, *sizes, 0.0, False, state, state[:0], scale=call.scale, **_sides(call.window))
+            return backward(*read[:6], *sizes, 0.0, False, state, state[:0], scale=call.scale, **_sides(call.window))
 
 
 LONG = 1024

@@ -9,7 +9,7 @@ here on a GPU.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .base import Case
-from .library import Library, capability, parameters
-from .packed import Call, Packed
+from .installed import Library, capability, parameters
+from .packed import Call, Packed, Read
 
 FORWARD = frozenset({"q", "k", "v", "softmax_scale", "causal", "is_causal"}) | {
     *("window_size", "window_size_left", "window_size_right"),
@@ -32,16 +32,16 @@ class FlashAttn(Packed):
 
     name = "flash_attn"
     features = frozenset({"softcap"})
-    library: Library
+    package: Library
 
     def __init__(self) -> None:
-        self.label = self.library.label
+        self.label = self.package.label
 
     def check_sizes(self, case: Case) -> None:
         label = self.label
         if case.device != "cuda":
             raise NotImplementedError(f"{label} is for cuda, the tensors are on {case.device}")
-        module = self.library.load()
+        module = self.package.load()
         if case.dtype not in (torch.bfloat16, torch.float16):
             raise NotImplementedError(f"{label} takes bfloat16 and float16, not {case.dtype}")
         if max(case.head_dim, case.head_dim_v) > 256:
@@ -50,7 +50,7 @@ class FlashAttn(Packed):
         try:
             self.check_functions(module, case.features & {"softcap"})
         except AttributeError as why:
-            raise self.library.unknown(str(why)) from why
+            raise self.package.unknown(str(why)) from why
 
     @abstractmethod
     def check_gpu(self, case: Case) -> None:
@@ -60,17 +60,25 @@ class FlashAttn(Packed):
     def check_functions(self, module: Any, features: frozenset[str]) -> None:
         """NotImplementedError unless the release's functions take what is passed."""
 
-    def given(self, call: Call, bounded: bool, **tensors: Any) -> dict[str, Any]:
+    def given(self, call: Call, bounded: bool, **more: Any) -> dict[str, Any]:
         """What a call says by the names of all releases."""
         left, right = self.window(call)
         sides = {"window_size": (left, right), "window_size_left": left, "window_size_right": right}
         causal = dict.fromkeys(("causal", "is_causal"), call.window == (-1, 0))
-        said = {**tensors, **sides, **causal, "softmax_scale": call.scale}
+        said = {**more, **sides, **causal, "softmax_scale": call.scale}
         said |= {"softcap": call.softcap} if call.softcap else {}
         if not bounded:
             return said
         max_q, max_k = (None, None) if call.cu_q is None else call.most
         return said | {"cu_seqlens_q": call.cu_q, "cu_seqlens_k": call.cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
+
+    def in_place(self, backward: Callable[..., Any], call: Call, read: Read, bounded: bool) -> list[Tensor]:
+        """The gradients of a function that writes them into tensors that it is given."""
+        d_out, q, k, v, out, lse, _ = read
+        grads = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
+        tensors = {"dout": d_out, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, **grads}
+        self.package.call(backward, self.given(call, bounded, **tensors, deterministic=call.deterministic))
+        return list(grads.values())
 
     def window(self, call: Call) -> tuple[int | None, int | None]:
         """The window as the library has it."""
@@ -84,7 +92,7 @@ class FlashAttn2(FlashAttn):
     which brought the soft cap, many spans had a padded log-sum-exp ``[n, H, rows]``. Rows that see nothing have one of +inf.
     """
 
-    library = Library(
+    package = Library(
         label="flash-attn 2",
         module="flash_attn.flash_attn_interface",
         distributions=("flash-attn",),
@@ -99,33 +107,29 @@ class FlashAttn2(FlashAttn):
 
     def check_functions(self, module: Any, features: frozenset[str]) -> None:
         for forward, backward, more in ((*_dense(module), frozenset()), (*_varlen(module), BOUNDS)):
-            self.library.check(forward, FORWARD | more | features)
-            self.library.check(backward, BACKWARD | more | features)
+            self.package.check(forward, FORWARD | more | features)
+            self.package.check(backward, BACKWARD | more | features)
 
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        module, single = self.library.loaded(), call.cu_q is None
+        module, single = self.package.loaded(), call.cu_q is None
         forward, _ = _dense(module) if single else _varlen(module)
-        results = self.library.call(forward, self.given(call, not single, q=q, k=k, v=v))
+        results = self.package.call(forward, self.given(call, not single, q=q, k=k, v=v))
         if len(results) not in (4, 8):
-            raise self.library.unknown(f"{len(results)} results")
+            raise self.package.unknown(f"{len(results)} results")
         lse = results[5 if len(results) == 8 else 1]
         if not single and _pads(forward):
             lse = lse.transpose(1, 2)[_filled(call, lse.shape[2], lse)].T
         return results[0], lse.masked_fill(lse == torch.inf, -torch.inf)
 
-    def gradients(
-        self, call: Call, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_lse: Tensor | None
-    ) -> Sequence[Tensor]:
-        module, single = self.library.loaded(), call.cu_q is None
+    def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
+        module, single = self.package.loaded(), call.cu_q is None
         _, backward = _dense(module) if single else _varlen(module)
+        lse = read.lse
         if not single and _pads(backward):
             padded = lse.new_zeros(len(call.num_q), call.most[0], lse.shape[0])
             padded[_filled(call, call.most[0], lse)] = lse.T
             lse = padded.transpose(1, 2).contiguous()
-        grads = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
-        read = {"dout": d_out, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, "deterministic": call.deterministic}
-        self.library.call(backward, self.given(call, not single, **read, **grads))
-        return list(grads.values())
+        return self.in_place(backward, call, read._replace(lse=lse), not single)
 
 
 def _dense(module: Any) -> tuple[Any, Any]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .base import Case
 from .flash_attn import BACKWARD, BOUNDS, FORWARD, FlashAttn
-from .library import Library, capability
-from .packed import Call
+from .installed import Library, capability
+from .packed import Call, Read
 
 BACK = (BACKWARD - {"softmax_lse", "dq", "dk", "dv"}) | BOUNDS | {"lse", "dlse"}
 
@@ -27,7 +27,7 @@ class FlashAttn4(FlashAttn):
     """
 
     takes_d_lse = True
-    library = Library(
+    package = Library(
         label="flash-attn 4",
         module="flash_attn.cute.interface",
         distributions=("flash-attn-4",),
@@ -48,8 +48,8 @@ class FlashAttn4(FlashAttn):
             raise NotImplementedError(f"{self.label} is not used on Blackwell for head dims padded to {widths}")
 
     def check_functions(self, module: Any, features: frozenset[str]) -> None:
-        self.library.check(module._flash_attn_fwd, FORWARD - {"window_size"} | BOUNDS | {"return_lse"} | features)
-        self.library.check(module._flash_attn_bwd, BACK - {"window_size"} | features)
+        self.package.check(module._flash_attn_fwd, FORWARD - {"window_size"} | BOUNDS | {"return_lse"} | features)
+        self.package.check(module._flash_attn_bwd, BACK - {"window_size"} | features)
 
     def window(self, call: Call) -> tuple[int | None, int | None]:
         left, right = (None if side < 0 else side for side in call.window)
@@ -57,12 +57,11 @@ class FlashAttn4(FlashAttn):
 
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         given = self.given(call, True, q=q, k=k, v=v, return_lse=True)
-        out, lse, *_ = self.library.call(self.library.loaded()._flash_attn_fwd, given)
+        out, lse, *_ = self.package.call(self.package.loaded()._flash_attn_fwd, given)
         return out, lse
 
-    def gradients(
-        self, call: Call, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_lse: Tensor | None
-    ) -> Sequence[Tensor]:
-        read = {"dout": d_out, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dlse": d_lse, "deterministic": call.deterministic}
-        dq, dk, dv, *_ = self.library.call(self.library.loaded()._flash_attn_bwd, self.given(call, True, **read))
+    def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
+        names = ("dout", "q", "k", "v", "out", "lse", "dlse")
+        given = self.given(call, True, **dict(zip(names, read, strict=True)), deterministic=call.deterministic)
+        dq, dk, dv, *_ = self.package.call(self.package.loaded()._flash_attn_bwd, given)
         return dq, dk, dv

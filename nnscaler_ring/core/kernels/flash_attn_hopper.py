@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .base import Case
 from .flash_attn import BACKWARD, BOUNDS, FORWARD, FlashAttn
-from .library import Library, capability
-from .packed import Call
+from .installed import Library, capability
+from .packed import Call, Read
 
 UNUSED = (
     *("k_new", "v_new", "qv", "out", "out_", "cu_seqlens_k_new", "seqused_q", "seqused_k", "sequed_q", "sequed_k", "page_table"),
@@ -28,7 +28,7 @@ UNUSED = (
 class FlashAttn3(FlashAttn):
     """``_flash_attn_forward`` and ``_flash_attn_backward``; rows that see nothing have a log-sum-exp of -inf."""
 
-    library = Library(
+    package = Library(
         label="flash-attn 3",
         module="flash_attn_interface",
         distributions=("flash-attn-3", "flashattn-hopper"),
@@ -50,20 +50,15 @@ class FlashAttn3(FlashAttn):
             raise NotImplementedError(f"this build of {label} is without {', '.join(lacking)}")
 
     def check_functions(self, module: Any, features: frozenset[str]) -> None:
-        self.library.check(module._flash_attn_forward, FORWARD | BOUNDS | features)
-        self.library.check(module._flash_attn_backward, BACKWARD | BOUNDS | features)
+        self.package.check(module._flash_attn_forward, FORWARD | BOUNDS | features)
+        self.package.check(module._flash_attn_backward, BACKWARD | BOUNDS | features)
 
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = self.library.call(self.library.loaded()._flash_attn_forward, self.given(call, True, q=q, k=k, v=v))
+        out, lse, *_ = self.package.call(self.package.loaded()._flash_attn_forward, self.given(call, True, q=q, k=k, v=v))
         return out, lse
 
-    def gradients(
-        self, call: Call, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_lse: Tensor | None
-    ) -> Sequence[Tensor]:
-        grads = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
-        read = {"dout": d_out, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, "deterministic": call.deterministic}
-        self.library.call(self.library.loaded()._flash_attn_backward, self.given(call, True, **read, **grads))
-        return list(grads.values())
+    def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
+        return self.in_place(self.package.loaded()._flash_attn_backward, call, read, True)
 
 
 def _left_out() -> Mapping[str, bool]:

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,18 @@ class Call:
         return max(self.num_q), max(self.num_k)
 
 
+class Read(NamedTuple):
+    """What a library reads for the gradients of a call; `lse` and `d_lse` as `Packed.attend` returns the former, contiguous."""
+
+    d_out: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    d_lse: Tensor | None
+
+
 class Packed(Kernel):
     """A backend whose library takes rows end to end."""
 
@@ -53,10 +66,8 @@ class Packed(Kernel):
         """out as q with v's head dim, and lse: ``[H, T]``, or ``[B, H, rows]`` for a single span; -inf where nothing is seen."""
 
     @abstractmethod
-    def gradients(
-        self, call: Call, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_lse: Tensor | None
-    ) -> Sequence[Tensor]:
-        """dq, dk and dv, like q, k and v; `lse` and `d_lse` as `attend` returns it, contiguous."""
+    def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
+        """dq, dk and dv, like q, k and v."""
 
     def widths(self, head_dim: int, head_dim_v: int) -> tuple[int, int]:
         """The head dims that the library takes for these: here the wider of them, as a multiple of 8."""
@@ -87,7 +98,7 @@ class Packed(Kernel):
             call = packing.call(window, scores, grad.deterministic)
             read = (packing.rows(d_out), packing.rows(q), packing.keys(k), packing.keys(v), packing.rows(out))
             d_lse = None if grad.d_lse is None else packing.columns(grad.d_lse)
-            dq, dk, dv = self.gradients(call, *read, packing.columns(grad.lse), d_lse)
+            dq, dk, dv = self.gradients(call, Read(*read, packing.columns(grad.lse), d_lse))
             packing.add(grad.dq, dq, group[:, :2])
             packing.add(grad.dk, dk, group[:, 2:])
             packing.add(grad.dv, dv, group[:, 2:])

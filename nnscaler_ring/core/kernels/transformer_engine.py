@@ -18,10 +18,10 @@ from torch import Tensor
 
 from .aten import AtenCuda
 from .base import Case, Grad, Scores, Spans, Window
-from .library import Library, capability
-from .packed import Call, Packed, bounds
+from .installed import Library, capability
+from .packed import Call, Packed, Read, bounds
 
-LIBRARY = Library(
+PACKAGE = Library(
     label="Transformer Engine",
     module="transformer_engine.pytorch.cpp_extensions.fused_attn",
     distributions=("transformer-engine", "transformer-engine-torch", "transformer-engine-cu12", "transformer-engine-cu13"),
@@ -43,23 +43,23 @@ class TransformerEngine(Packed):
 
     def check_sizes(self, case: Case) -> None:
         if case.device != "cuda":
-            raise NotImplementedError(f"{LIBRARY.label} is for cuda, the tensors are on {case.device}")
-        module = LIBRARY.load()
+            raise NotImplementedError(f"{PACKAGE.label} is for cuda, the tensors are on {case.device}")
+        module = PACKAGE.load()
         if case.dtype not in (torch.bfloat16, torch.float16):
-            raise NotImplementedError(f"{LIBRARY.label} takes bfloat16 and float16, not {case.dtype}")
-        (major, _), cudnn = capability(LIBRARY.label, 8, 9, 10), torch.backends.cudnn.version() or 0
+            raise NotImplementedError(f"{PACKAGE.label} takes bfloat16 and float16, not {case.dtype}")
+        (major, _), cudnn = capability(PACKAGE.label, 8, 9, 10), torch.backends.cudnn.version() or 0
         if cudnn < 91002:
-            raise NotImplementedError(f"{LIBRARY.label} is used with cuDNN 9.10.2 or newer, not {cudnn}")
+            raise NotImplementedError(f"{PACKAGE.label} is used with cuDNN 9.10.2 or newer, not {cudnn}")
         widths = self.widths(case.head_dim, case.head_dim_v)
         if max(widths) > {8: 128, 9: 256, 10: 192 if widths == (192, 128) else 128}[major]:
-            raise NotImplementedError(f"{LIBRARY.label} has no backward for head dims {widths} on a GPU {major}.x")
+            raise NotImplementedError(f"{PACKAGE.label} has no backward for head dims {widths} on a GPU {major}.x")
         if case.deterministic and (major == 8 or (major == 10 and cudnn < 91801)):
-            raise NotImplementedError(f"{LIBRARY.label} has no deterministic backward on a GPU {major}.x with cuDNN {cudnn}")
+            raise NotImplementedError(f"{PACKAGE.label} has no deterministic backward on a GPU {major}.x with cuDNN {cudnn}")
         try:
-            LIBRARY.check(module.fused_attn_fwd, FORWARD)
-            LIBRARY.check(module.fused_attn_bwd, BACKWARD)
+            PACKAGE.check(module.fused_attn_fwd, FORWARD)
+            PACKAGE.check(module.fused_attn_bwd, BACKWARD)
         except AttributeError as why:
-            raise LIBRARY.unknown(str(why)) from why
+            raise PACKAGE.unknown(str(why)) from why
         self.elsewhere.check_sizes(case)
 
     def widths(self, head_dim: int, head_dim_v: int) -> tuple[int, int]:
@@ -79,22 +79,20 @@ class TransformerEngine(Packed):
         run(grad, k, v, spans, window, scores)
 
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        module = LIBRARY.loaded()
-        out, (lse, *_), *_ = LIBRARY.call(module.fused_attn_fwd, _given(module, call, q, k, v) | {"is_training": True})
+        module = PACKAGE.loaded()
+        out, (lse, *_), *_ = PACKAGE.call(module.fused_attn_fwd, _given(module, call, q, k, v) | {"is_training": True})
         lse = lse.squeeze(-1)
         return out, lse if call.cu_q is None else lse.T
 
-    def gradients(
-        self, call: Call, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_lse: Tensor | None
-    ) -> Sequence[Tensor]:
-        module = LIBRARY.loaded()
+    def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
+        module, (d_out, q, k, v, out, lse, _) = PACKAGE.loaded(), read
         given = _given(module, call, q, k, v)
         stats = (lse if call.cu_q is None else lse.T.contiguous()).unsqueeze(-1)
         state = torch.zeros(2, dtype=torch.int64, device=q.device)  # of the dropout that is not there
         given |= {"o": out.contiguous(), "d_o": d_out.contiguous(), "aux_ctx_tensors": [stats, state]}
         given |= {"deterministic": call.deterministic, "dqkv_layout": given["qkv_layout"], "do_format": given["o_format"]}
         given |= {"dqkv_dtype": import_module("transformer_engine.pytorch.constants").TE_DType[q.dtype]}
-        dq, dk, dv, *_ = LIBRARY.call(module.fused_attn_bwd, given)
+        dq, dk, dv, *_ = PACKAGE.call(module.fused_attn_bwd, given)
         return dq, dk, dv
 
 

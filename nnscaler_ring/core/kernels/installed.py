@@ -75,8 +75,8 @@ class Library:
 
     def load(self) -> ModuleType:
         """The module, or NotImplementedError that says why it cannot be had."""
-        version, package = self.version, self.module.split(".")[0]
-        if not version and (package != self.module or find_spec(package) is None):
+        version, top = self.version, self.module.split(".")[0]
+        if not version and (top != self.module or find_spec(top) is None):
             raise NotImplementedError(f"{self.label} is not installed")
         if version and TorchVersion(version) < self.minimum:
             raise NotImplementedError(f"{self.release} is older than {self.minimum}")
