@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import fields, replace
 from typing import Any
 
@@ -19,6 +21,7 @@ from .core.mask import Mask, check_cu_seqlens
 from .core.recipe import Recipe, content, layout_of
 from .core.relayout import gather
 from .core.transport import transport_of
+from .launch import detect
 
 KNOWN = tuple(sorted({field.name for field in fields(Options)} - {"softmax_scale", "causal"}))
 """Options of `ContextParallel.attention` by keyword."""
@@ -33,13 +36,37 @@ def _mesh_name(mesh: DeviceMesh) -> str:
     return grid_name([axis_group(mesh, axis) for axis in range(mesh.ndim)])
 
 
+def _tokens(x: Tensor, dim: int) -> int:
+    """How long `x` is in `dim`."""
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim={dim}: x has shape {tuple(x.shape)}")
+    return x.shape[dim]
+
+
+def _warn_if_alone() -> None:
+    """A process that was started as one of many, and has joined no group, computes by itself what the others compute too."""
+    if dist.is_available() and dist.is_initialized():
+        return
+    try:
+        launch = detect(os.environ)
+    except ValueError:  # what says so may have been left by something else
+        return
+    if launch.world_size > 1:
+        warnings.warn(
+            f"this process is one of {launch.world_size} ({launch.launcher}), but there is no process group, so ContextParallel is "
+            "this process alone: call torch.distributed.init_process_group() or nnscaler_ring.launch.setup_mpi_distributed() first",
+            stacklevel=3,
+        )
+
+
 class ContextParallel:
     """Ranks that share each sequence, and how they share it.
 
     Args:
         group_or_mesh: a process group, a DeviceMesh of one or two dims, or None: the default group (this process alone where there
-            is none). Of two dims, ranks along the inner one exchange tokens for heads (Ulysses), and keys and values travel along
-            the outer one as `transport` says; rank ``o * inner + i`` of the layout is at ``mesh[o, i]``.
+            is none, with a warning where it was started as one of many). Of two dims, ranks along the inner one exchange tokens for
+            heads (Ulysses), and keys and values travel along the outer one as `transport` says; rank ``o * inner + i`` of the
+            layout is at ``mesh[o, i]``.
         layout: ``contiguous``, ``zigzag`` (equal work under a causal mask), ``stripe``, ``balanced`` (equal work and few rows to
             send for packed rows), ``contiguous-per-document``, ``zigzag-per-document``, or a `Layout`, for example of
             `balanced` for a mask of one's own.
@@ -69,6 +96,8 @@ class ContextParallel:
         reduce_dtype: torch.dtype | None = None,
         heads_k_stride: int = 0,
     ) -> None:
+        if group_or_mesh is None:
+            _warn_if_alone()
         name = _mesh_name(group_or_mesh) if isinstance(group_or_mesh, DeviceMesh) else group_name(group_or_mesh)
         if reduce_dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"reduce_dtype={reduce_dtype}: give a floating dtype of 2 bytes or more, or None for fp32")
@@ -112,7 +141,7 @@ class ContextParallel:
 
     def shard(self, x: Tensor, dim: int, cu_seqlens: Tensor | None = None) -> Tensor:
         """This rank's tokens of `x`, which every rank has whole: ``[..., S, ...] -> [..., L, ...]``; differentiable."""
-        held = self._layout(x.shape[dim], cu_seqlens)
+        held = self._layout(_tokens(x, dim), cu_seqlens)
         self._by_documents = cu_seqlens is not None
         self._uneven = bool((held.counts != held.counts[0]).any())
         positions = held.positions(self.rank)
@@ -130,7 +159,7 @@ class ContextParallel:
             seq_len: `S`, where ranks hold different numbers of tokens; ``world_size * L`` where None.
         """
         self._check_documents(cu_seqlens)
-        seq_len = self._total(x.shape[dim], cu_seqlens, seq_len)
+        seq_len = self._total(_tokens(x, dim), cu_seqlens, seq_len)
         held = int(self._layout(seq_len, cu_seqlens).counts[self.rank])
         if x.shape[dim] != held:
             raise ValueError(f"dim {dim} of x has {x.shape[dim]} tokens; rank {self.rank} holds {held} of {seq_len}")
@@ -193,7 +222,8 @@ class ContextParallel:
         if isinstance(mask, Mask) and (documents or {"window_size", "sinks", "prefix"} & options.keys()):
             raise ValueError("a Mask says everything: leave out cu_seqlens, window_size, sinks and prefix")
         if not isinstance(mask, Mask) and mask not in ("causal", "full"):
-            raise ValueError(f"mask={mask!r}: give 'causal', 'full' or a Mask")
+            given = f"a tensor {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            raise ValueError(f"mask is {given}: give 'causal', 'full' or a Mask, which says in slices who sees whom")
         if unknown := [name for name in options if name not in KNOWN]:
             raise TypeError(f"attention() takes no {', '.join(unknown)}: mask= says 'causal' or 'full'; besides there are {KNOWN}")
         settled = Options(softmax_scale=softmax_scale, causal=mask == "causal", **options)

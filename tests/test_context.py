@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -349,3 +350,27 @@ def test_an_unknown_option_is_an_error() -> None:
     x = torch.zeros(1, 8, 2, 8)
     with pytest.raises(TypeError, match="windows"), no_communication():
         ContextParallel().attention(x, x, x, windows=(3, 0))
+
+
+def test_one_of_many_without_a_group_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes alone what the others compute too."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match="one of 4 .* no process group") as told:
+        assert ContextParallel().world_size == 1
+    assert told[0].filename == __file__
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ContextParallel()
+
+
+def test_what_is_wrong_is_said() -> None:
+    cp, x = ContextParallel(layout="zigzag"), torch.zeros(1, 8, 2, 8)
+    for dim in (4, -5):
+        for wrong in (cp.shard, cp.unshard):
+            with pytest.raises(ValueError, match=rf"dim={dim}: x has shape \(1, 8, 2, 8\)"):
+                wrong(x, dim=dim)
+    with pytest.raises(ValueError, match=r"a tensor \(8, 8\): give 'causal', 'full' or a Mask"):
+        cp.attention(x, x, x, mask=torch.ones(8, 8, dtype=torch.bool))  # type: ignore[arg-type]
