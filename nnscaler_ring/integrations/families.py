@@ -7,6 +7,7 @@ are named here after they were compared with one device; the rest is for who kno
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -26,8 +27,8 @@ FAMILIES = frozenset(
 )
 """``config.model_type`` of the families that were compared, logits and gradients, on 2 ranks (transformers 5.23)."""
 
-HEADS = ("ForCausalLM", "LMHeadModel", "Model")
-"""How classes end whose loss is that of the next token, or that have none."""
+HEADS = ("ForCausalLM", "LMHeadModel")
+"""How classes end whose loss is that of the next token."""
 
 SCORED = ("position_bias", "indices", "block_indices", "sinks", "head_mask")
 """What some layers pass that changes scores, and that has no meaning here."""
@@ -42,7 +43,7 @@ def check_model(model: Any, any_model: bool) -> None:
     name = type(model).__name__
     if not any_model:
         check_family(model.config)
-        if not name.endswith(HEADS):
+        if not name.endswith(HEADS) and "labels" in inspect.signature(model.forward).parameters:
             raise NotImplementedError(f"{name}: its loss may look at other tokens than the next; {_OPEN}")
     for part in model.modules():
         if isinstance(part, transformers.PreTrainedModel):
@@ -85,9 +86,7 @@ def check_layer(module: nn.Module, kwargs: Mapping[str, Any], causal: bool, slid
     """ValueError or NotImplementedError for what a layer asks and this attention does not do."""
     if kwargs.get("output_attentions"):
         raise NotImplementedError("output_attentions: attention weights are never in memory here; take 'eager' to look at them")
-    if asked := [
-        name for name in ("position_bias", "indices", "block_indices", "sinks", "head_mask") if kwargs.get(name) is not None
-    ]:
+    if asked := [name for name in SCORED if kwargs.get(name) is not None]:
         raise NotImplementedError(f"{type(module).__name__} asks for {', '.join(asked)}, which is not done here")
     if getattr(module, "attn_temperature_tuning", False):
         raise NotImplementedError(f"{type(module).__name__} scales queries by positions that it counts itself")

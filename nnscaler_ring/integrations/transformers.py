@@ -184,7 +184,20 @@ class Attention:
             table = host_table("cu_seq_lens_q", cu_seqlens)
             known = self._remember(said, table if position_ids is None else self._read(position_ids, tokens, table))
         self._known.move_to_end(key)
+        if cu_seqlens is not None:
+            self._agree(cu_seqlens, known, first)
         return self._told(known.cu_seqlens), int(known.cu_seqlens[-1])
+
+    def _agree(self, cu_seqlens: Tensor, known: _Told, first: bool) -> None:
+        """ValueError for boundaries that are not those of the tokens: beside positions that are known they would go unseen."""
+        told = self._known.get(_identity(cu_seqlens))
+        if told is None or (first and not told.ours):
+            told = self._remember(cu_seqlens, host_table("cu_seq_lens_q", cu_seqlens))
+        if told.cu_seqlens is not known.cu_seqlens and told.cu_seqlens.tolist() != known.cu_seqlens.tolist():
+            raise ValueError(
+                f"cu_seq_lens_q is {told.cu_seqlens.tolist()}, these tokens were cut with {known.cu_seqlens.tolist()}: give "
+                "shard_batch the boundaries"
+            )
 
     def _told(self, cu_seqlens: Tensor) -> Tensor | None:
         """Boundaries as calls take them: None for one document, but for layouts that look at documents."""
@@ -250,6 +263,8 @@ class Attention:
         length = tokens.shape[1]
         if cu_seqlens is not None and "cu_seq_lens_q" in whole:
             raise ValueError("cu_seq_lens_q in the batch and cu_seqlens: give one")
+        if "cu_seq_lens_k" in whole and not _alike(whole["cu_seq_lens_k"], whole.get("cu_seq_lens_q", cu_seqlens)):
+            raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: tokens see their own documents; give one")
         mask, positions = whole.get("attention_mask"), whole.get("position_ids")
         cu = _boundaries(whole.get("cu_seq_lens_q", cu_seqlens), positions, length)
         table = torch.from_numpy(cu)
@@ -299,6 +314,7 @@ def _checked(batch: dict[str, Any]) -> dict[str, Any]:
     tokens = batch[next(name for name in TOKENS if name in batch)]
     others = [name for name, x in batch.items() if name not in (*TOKENS, *PARTS) and isinstance(x, Tensor) and x.dim()]
     others += [name for name in ("logits_to_keep", "num_logits_to_keep") if name in batch]
+    others += ["output_router_logits"] * bool(batch.get("output_router_logits"))
     if others:
         raise ValueError(
             f"{', '.join(others)}: not known here, and a model would take the whole for this rank's; leave it out, or cut it with "
@@ -314,6 +330,10 @@ def _checked(batch: dict[str, Any]) -> dict[str, Any]:
     if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
         raise ValueError("attention_mask with padding before tokens: pad at the end, or pack the documents into one row")
     return batch
+
+
+def _alike(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and one.tolist() == other.tolist()
 
 
 def _next_labels(labels: Tensor, cu: np.ndarray, mask: Tensor | None) -> Tensor:
