@@ -163,8 +163,6 @@ class ContextParallel:
         held = int(self._layout(seq_len, cu_seqlens).counts[self.rank])
         if x.shape[dim] != held:
             raise ValueError(f"dim {dim} of x has {x.shape[dim]} tokens; rank {self.rank} holds {held} of {seq_len}")
-        if self.world_size == 1:
-            return x
         rows = x.movedim(dim, 0).unsqueeze(0)
         whole = gather(rows, host_table("cu_seqlens", cu_seqlens), seq_len, self._recipe.layout, self._recipe.group)
         return whole.squeeze(0).movedim(0, dim)

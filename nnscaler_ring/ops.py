@@ -52,7 +52,8 @@ class Settings:
     seq_len_k: int | None = None
 
     def __str__(self) -> str:
-        return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return json.dumps(given, default=lambda x: x.item())  # a number of numpy's
 
     @staticmethod
     @lru_cache(maxsize=1024)

@@ -311,6 +311,16 @@ def computed(piece: tiles.Piece) -> np.ndarray:
     return np.concatenate(pairs)
 
 
+def computed_pairs(piece: tiles.Piece) -> int:
+    """Pairs that torch's CPU kernel computes for a piece and its repeats: of a causal call, 256 rows at a time, whole blocks of 512
+    keys past the diagonal, as its source says for 768 rows or more."""
+    num_q, num_k = piece.i1 - piece.i0, piece.j1 - piece.j0
+    if piece.kind in (tiles.Kind.FULL, tiles.Kind.BAND):
+        return num_q * num_k * piece.repeat
+    ends = ((i, min(i + 256, num_q)) for i in range(0, num_q, 256))
+    return sum((end - i) * min(num_k, -(-end // 512) * 512) for i, end in ends)
+
+
 @pytest.mark.parametrize("window", [*WINDOWS, (100, 0), (-1, 130), (70, 90), (600, 40), (300, -1)], ids=str)
 def test_pieces_are_the_band(window: Window) -> None:
     sizes = [(1, 1), (5, 9), (9, 5), (64, 64), (65, 200), (200, 190), (700, 700), (900, 1000), (1100, 1040)]
@@ -321,7 +331,7 @@ def test_pieces_are_the_band(window: Window) -> None:
             for piece in found:
                 np.add.at(count, tuple(computed(piece).T), 1)
             np.testing.assert_array_equal(count, band(num_q, num_k, window))
-            assert sum(map(tiles.computed_pairs, found)) >= count.sum()
+            assert sum(map(computed_pairs, found)) >= count.sum()
             ran += 1
     assert ran
 
@@ -339,17 +349,13 @@ VISIBLE = {
 @pytest.mark.parametrize("length", [4096, 8192, 16384])
 @pytest.mark.parametrize("name", VISIBLE)
 def test_the_cpu_kernel_computes_little_more_than_is_visible(name: str, length: int) -> None:
-    """At most 1.15 x on every rank, by the count of `tiles`.
-
-    That count takes CAUSAL_BLOCK and the smaller blocks from the source of torch's CPU kernel (it picks its block of query rows by
-    the length alone); what a call really computes cannot be observed from Python, only timed.
-    """
+    """At most 1.15 x on every rank, by `computed_pairs`; what a call really computes cannot be observed from Python, only timed."""
     seen = mask.build(length, **VISIBLE[name])
     for world, place, transport in itertools.product((1, 2, 4, 8), ("contiguous", "zigzag"), ("ring", "halo", "all_gather")):
         rows = layouts.build(place, length, world)
         for p in plans(seen, rows, rows, transport):
             done = sum(
-                tiles.computed_pairs(piece)
+                computed_pairs(piece)
                 for step in p.steps
                 for calls in step.calls
                 for i0, i1, j0, j1 in calls.spans.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from nnscaler_ring.core import engine
 from nnscaler_ring.core.layouts import build
 from nnscaler_ring.core.recipe import Recipe
-from nnscaler_ring.core.transport import Exchange, LocalTransport, ProcessTransport, RingComm, Walk, current_device, transport_of
+from nnscaler_ring.core.relayout import _gather, _relayout
+from nnscaler_ring.core.transport import Exchange, LocalTransport, ProcessTransport, RingComm, Walk, transport_of
 from tests import oracle
 
 
@@ -93,7 +95,7 @@ def on_processes(rank: int, world: int) -> list[list[torch.Tensor]]:
     group = dist.group.WORLD
     transport = transport_of(group.group_name)
     assert isinstance(transport, ProcessTransport) and list(transport.ranks) == [rank]
-    assert transport.world_size == world and current_device(group) == torch.device("cpu")
+    assert transport.world_size == world
     assert transport.run([passing_on(rank, world, world)])[0][-1] == rank
     answers = []
     for layout, way, named in CALLS:
@@ -129,8 +131,8 @@ def first_meeting(rank: int, world_size: int) -> list[list[int]]:
     transport = ProcessTransport(dist.group.WORLD)  # type: ignore[arg-type]
     seen = []
     with mock.patch.object(dist, "all_reduce", lambda x, group: seen.append([x.numel(), group.size()])):
-        empty, full = Exchange([], []), Exchange([(1 - rank, torch.zeros(3, device=device))], [])
-        for exchange in (full, full, empty):
+        empty, full = Exchange([], [], device), Exchange([(1 - rank, torch.zeros(3, device=device))], [])
+        for exchange in (full, full, empty) if rank else (empty, full, full):
             transport._meet(exchange)
         transport._meet(Exchange([(1 - rank, torch.zeros(3))], []))
     return seen
@@ -139,3 +141,35 @@ def first_meeting(rank: int, world_size: int) -> list[list[int]]:
 def test_a_collective_of_the_whole_group_precedes_the_first_message_off_the_cpu(ranks) -> None:
     """oneCCL and NCCL hang where the first messages of a group are of some ranks only."""
     assert ranks(2).run(first_meeting) == [[[1, 2]], [[1, 2]]]
+
+
+class Devices(LocalTransport):
+    """Remembers what exchanges say of their device."""
+
+    def _deliver(self, exchanges: Sequence[Exchange]) -> None:
+        seen.append({exchange.device for exchange in exchanges})
+        super()._deliver(exchanges)
+
+
+seen: list[set[torch.device | None]] = []
+
+
+@pytest.mark.parametrize("way", ["ring", "grouped_ring", "halo", "all_gather", "all_to_all"])
+def test_ranks_without_mail_say_where_the_others_is(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of these ranks have no row to send or receive; they take part in the first collective all the same."""
+    monkeypatch.setattr("nnscaler_ring.core.passes.transport_of", lambda _: Devices(4))
+    seen.clear()
+    recipe = Recipe(group="local:4", transport=way, causal=True)
+    cu = torch.tensor([0, 32, 48, 64], dtype=torch.int32)
+    q, k, v, d_out = oracle.inputs(0, (1, 64, 64), (4, 4, 8, 8))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, *_ = engine.attention(*leaves, cu, cu, *[None] * 4, 64, 64, SCALE, 0, str(recipe))
+    out.backward(d_out)
+    assert len(seen) > 1 and all(devices == {torch.device("cpu")} for devices in seen)
+
+
+def test_moving_rows_says_where() -> None:
+    """Also where a rank has nothing to move."""
+    source, target = build("contiguous", 8, 4), build("zigzag", 8, 4)
+    for walk in (_relayout(source, target, 0, [torch.zeros(1, 2, 3)]), _gather(source, 1, 0, torch.zeros(1, 2, 3))):
+        assert next(walk).device == torch.device("cpu")

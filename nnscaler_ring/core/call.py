@@ -229,7 +229,7 @@ def _seed(options: Options) -> int:
         return 0
     if options.dropout_seed is None and torch.compiler.is_compiling():
         raise NotImplementedError("dropout without a seed under torch.compile: pass dropout_seed")
-    return int(torch.randint(1 << 62, ()).item()) if options.dropout_seed is None else options.dropout_seed
+    return int(torch.randint(1 << 62, (), device="cpu").item()) if options.dropout_seed is None else options.dropout_seed
 
 
 @torch.no_grad()
@@ -255,10 +255,20 @@ def total_attention(q: Tensor, k: Tensor, lse: Tensor, recipe: Recipe, options: 
     recipe, total, tables = check(q, k, nothing, replace(recipe, transport=transport), options, rows)
     scale = _scale(q, options)
     extras = (*tables, _slopes(q, options), options.bias, None)  # a sink is in the log-sum-exp
-    wide = torch.promote_types(q.dtype, torch.float32)
-    saved = [*(x.to(wide).contiguous() for x in (ones, q, k, nothing)), torch.zeros_like(ones, dtype=wide), lse]
+    q, k, nothing = _exactly(recipe, options, (q, k, nothing))
+    saved = [ones.to(q.dtype), q, k, nothing, torch.zeros_like(ones, dtype=q.dtype), lse]
     _, _, totals = engine.attention_backward(saved, None, extras, total, scale, 0, str(recipe), False)
     return totals.squeeze(3).transpose(1, 2)
+
+
+def _exactly(recipe: Recipe, options: Options, qkv: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in the dtype of partial results where the kernel takes it: one that was asked for by its name may not."""
+    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)).contiguous() for x in qkv)
+    try:
+        kernel_for(recipe, q, k, v, {"alibi": options.alibi_slopes is not None, "bias": options.bias is not None})
+    except NotImplementedError:
+        return [x.contiguous() for x in qkv]
+    return [q, k, v]
 
 
 def check(

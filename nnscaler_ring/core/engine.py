@@ -159,6 +159,7 @@ def attention_backward(
     ranks = range(len(job.plans))
     d_lses = [None for _ in ranks] if d_lse is None else job.shards(d_lse, job.q_layout, dim=2)
     d_out, q, k, v, out, lse, *kept = saved
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()  # as kernels take it; that of a sum has a stride of 0
     by_rank = [job.shards(d_out, job.q_layout)]
     if kept:
         by_rank += [[x] * len(ranks) for x in (q, k, v, out, lse)]

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .device import on_device
 from .geometry import coalesce
 from .layout import Layout
 from .transport import Exchange, Wait
+from .walk import put, room, take
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Team:
     def repeat(self, x: Tensor) -> Tensor:
         """Key heads ``[B, n, h, D]`` of the own share -> those that are computed with, the same number of query heads for each."""
         repeats = self.share.repeats
-        return x if len(repeats) == x.shape[2] else x.index_select(2, torch.tensor(repeats, device=x.device))
+        return x if len(repeats) == x.shape[2] else x.index_select(2, on_device(np.array(repeats), x.device))
 
     def add_repeats(self, x: Tensor) -> Tensor:
         """The adjoint of `repeat`."""
@@ -193,22 +195,23 @@ def to_heads(packs: Sequence[Pack]) -> Generator[Exchange, Wait, list[Tensor]]:
     for pack, outbox in zip(packs, outboxes, strict=True):
         rows = outbox[0].new_empty(pack.team.rows, *outbox[pack.team.place].shape[1:])
         results.append(rows)
-        inboxes.append([_room(rows, place) for place in pack.team.places])
+        inboxes.append([room(rows, place) for place in pack.team.places])
     wait = yield _exchange(packs, outboxes, inboxes)
     wait()
     for pack, rows, inbox in zip(packs, results, inboxes, strict=True):
         for place, arrived in zip(pack.team.places, inbox, strict=True):
-            _put(rows, place, arrived)
+            if len(place) > 1:  # else it came right there
+                put(rows, place, arrived)
     return results
 
 
 def to_tokens(packs: Sequence[Pack], heads: Sequence[int]) -> Generator[Exchange, Wait, list[list[Tensor]]]:
-    """The inverse: the team's tokens ``[B, rows, h, D]`` -> own tokens ``[B, L, H, D]``; shared key heads are added up.
+    """The inverse: the team's tokens ``[B, rows, h, D]`` -> own tokens ``[B, L, H, D]``; shared key heads are added up in fp32.
 
     Args:
         heads: `H` of each pack.
     """
-    outboxes = [[_take(rows, place) for place in pack.team.places] for pack in packs for rows in [pack.rows()]]
+    outboxes = [[take(rows, place) for place in pack.team.places] for pack in packs for rows in [pack.rows()]]
     inboxes = []
     for pack, outbox in zip(packs, outboxes, strict=True):
         own = outbox[pack.team.place]
@@ -221,7 +224,8 @@ def to_tokens(packs: Sequence[Pack], heads: Sequence[int]) -> Generator[Exchange
     results = []
     for pack, inbox, number in zip(packs, inboxes, heads, strict=True):
         n, batch, _ = inbox[0].shape
-        whole = [inbox[0].new_zeros(batch, n, number, x.shape[3]) for x in pack.tensors]
+        dtype = inbox[0].dtype if pack.kind == "q" else torch.promote_types(inbox[0].dtype, torch.float32)  # of what is added up
+        whole = [inbox[0].new_zeros(batch, n, number, x.shape[3], dtype=dtype) for x in pack.tensors]
         for share, arrived in zip(pack.team.shares, inbox, strict=True):
             for into, part in zip(whole, pack.split(arrived, share), strict=True):
                 into[:, :, slice(*pack.heads(share))] += part
@@ -239,21 +243,4 @@ def _exchange(packs: Sequence[Pack], outboxes: Sequence[Sequence[Tensor]], inbox
                 continue
             send += [(rank, out)] if out.numel() else []
             receive += [(rank, into)] if into.numel() else []
-    return Exchange(send, receive)
-
-
-def _room(rows: Tensor, place: np.ndarray) -> Tensor:
-    """Where the rows of some intervals are received: right there if it is one interval."""
-    return rows[slice(*place[0])] if len(place) == 1 else rows.new_empty(_count(place), *rows.shape[1:])
-
-
-def _put(rows: Tensor, place: np.ndarray, data: Tensor) -> None:
-    start = 0
-    for lo, hi in place.tolist() if len(place) > 1 else ():
-        rows[lo:hi] = data[start : start + hi - lo]
-        start += hi - lo
-
-
-def _take(rows: Tensor, place: np.ndarray) -> Tensor:
-    parts = [rows[lo:hi] for lo, hi in place.tolist()]
-    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else rows[:0]
+    return Exchange(send, receive, outboxes[0][0].device)

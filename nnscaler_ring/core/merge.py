@@ -51,7 +51,7 @@ def update_out_and_lse(
         out: running result ``[B, L, H, Dv]``, fp32 (float64 for float64 blocks); None at the first block. Updated in place.
         lse: its log-sum-exp, natural log, ``[B, L, H, 1]``; None at the first block. Updated in place.
         block_out: ``[B, l, H, Dv]``, any floating dtype.
-        block_lse: ``[B, H, l]``, natural log; ``-inf`` where a row sees nothing: such rows are left alone.
+        block_lse: ``[B, H, l]``, natural log; ``-inf`` where a row sees nothing: it is left alone, whatever `block_out` has.
         slice_: the rows of `out` and `lse` that the block is about, as an index; all where None.
 
     Returns:
@@ -69,6 +69,7 @@ def update_out_and_lse(
     """
     dtype = torch.promote_types(block_out.dtype, torch.float32)
     column = block_lse.transpose(-2, -1).unsqueeze(-1).to(dtype)
+    block_out = block_out.masked_fill(column == float("-inf"), 0.0)
     if out is None or lse is None:
         if slice_ is not None:
             raise ValueError("the first block sets every row: pass slice_=None, or start from out=0 and lse=-inf")

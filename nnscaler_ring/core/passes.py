@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .device import on_device
 from .heads import Pack, Team, team_of, teams, to_heads, to_tokens
 from .kernels import Case, Grad, Kernel, Scores
 from .layout import Layout
@@ -83,7 +84,7 @@ class Job:
         if not made.features & {"alibi", "bias", "dropout"}:
             return made
         at = teams(self.q_layout, self.inner).positions(plan.rank // self.inner)
-        q_at, ahead = (torch.from_numpy(x).to(device) for x in (at, self._ahead(at)))
+        q_at, ahead = (on_device(x, device) for x in (at, self._ahead(at)))
         return replace(made, q_at=q_at, ahead=ahead)
 
     def _ahead(self, at: np.ndarray) -> np.ndarray:
@@ -106,8 +107,8 @@ class Job:
             for origin, lo, hi, start in step.holds.tolist():
                 at[start : start + hi - lo] = positions[origin][lo:hi]
             found.append(at)
-        whole = torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.int64)
-        return dict(zip(steps, whole.to(device).split([len(at) for at in found]), strict=True))
+        whole = np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+        return dict(zip(steps, on_device(whole, device).split([len(at) for at in found]), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +291,7 @@ def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept:
     read = (d_mine, mine, k_team.repeat(keys), k_team.repeat(values), *kept[2:4])
     dq, dk, dv, d_rows, d_logits = yield from _differentiate_attend(job, plan, d_lse, read, extras, d_bias, k_team.most)
     assert dq is not None and dk is not None and dv is not None
-    wire = job.wire(k.dtype) if k_team.shared else k.dtype
+    wire = job.wire(k.dtype) if k_team.shared or job.recipe.reduce_dtype else k.dtype
     packs = [Pack(q_team, "q", [dq.to(q.dtype)]), Pack(k_team, "k", [k_team.add_repeats(x).to(wire) for x in (dk, dv)])]
     if d_rows is not None:
         packs.append(Pack(q_team, "q", [d_rows.permute(1, 0, 2).unsqueeze(0)]))

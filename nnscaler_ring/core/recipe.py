@@ -26,7 +26,7 @@ class Recipe:
         layout: a name in `layouts.LAYOUTS`, or a string of `layouts.name_of`: where the rows that are passed lie.
         transport, kernel: names, or ``auto``.
         causal, window, sinks, prefix: see `mask.build`.
-        heads_stride: key heads that travel at once under ``all_gather``; 0 for all.
+        heads_stride: key heads that travel at once; 0 for all.
         deterministic: the same bits each time.
         softcap, dropout: see `kernels.base.Scores`.
         far: keys so many tokens before a query or more are scored by the second half of q's and k's features; None for no halves.
@@ -58,7 +58,7 @@ class Recipe:
 
     @lru_cache(maxsize=4096)  # noqa: B019
     def __str__(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return json.dumps(asdict(self), separators=(",", ":"), default=lambda x: x.item())  # a number of numpy's
 
     @staticmethod
     @lru_cache(maxsize=4096)

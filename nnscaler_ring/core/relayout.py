@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from .device import on_device
 from .layout import Layout
 from .recipe import content, layout_of
 from .transport import Exchange, Walk, transport_of
@@ -35,20 +36,26 @@ def _relayout(source: Layout, target: Layout, rank: int, tensors: Sequence[Tenso
     send, receive = _moves(source, target, rank)
     moved = [x.new_empty((x.shape[0], int(target.counts[rank]), *x.shape[2:])) for x in tensors]
     outbox, inbox = [], []
+    pick, fill = (_indices(rows, tensors[0].device) for rows in (send, receive))
     for x in tensors:
-        pick = [torch.from_numpy(rows).to(x.device) for rows in send]
         outbox.append([x.index_select(1, rows) for rows in pick])
         inbox.append([x.new_empty((x.shape[0], len(rows), *x.shape[2:])) for rows in receive])
     others = [p for p in range(source.world_size) if p != rank]
     wait = yield Exchange(
         [(p, box[p]) for box in outbox for p in others if box[p].numel()],
         [(p, box[p]) for box in inbox for p in others if box[p].numel()],
+        tensors[0].device,
     )
     wait()
     for whole, arrived, own in zip(moved, inbox, outbox, strict=True):
-        for p, rows in enumerate(receive):
-            whole.index_copy_(1, torch.from_numpy(rows).to(whole.device), own[p] if p == rank else arrived[p])
+        for p, rows in enumerate(fill):
+            whole.index_copy_(1, rows, own[p] if p == rank else arrived[p])
     return moved
+
+
+def _indices(rows: Sequence[np.ndarray], device: torch.device) -> Sequence[Tensor]:
+    """Rows of each rank as tensors on a device, copied together."""
+    return on_device(np.concatenate(rows), device).split([len(each) for each in rows])
 
 
 @custom_op(
@@ -124,11 +131,11 @@ def _gather(layout: Layout, inner: int, rank: int, x: Tensor) -> Walk:
         own = x.contiguous()
         parts = {p: own if p == rank else x.new_empty((x.shape[0], n, *x.shape[2:])) for p, n in counts.items()}
         filled = {p: part for p, part in parts.items() if p != rank and part.numel()}
-        wait = yield Exchange([(p, own) for p in counts if p != rank and own.numel()], list(filled.items()))
+        wait = yield Exchange([(p, own) for p in counts if p != rank and own.numel()], list(filled.items()), x.device)
         wait()
         x = torch.cat(list(parts.values()), dim=1)
     order = np.concatenate([layout.positions(p) for p in range(layout.world_size)])
-    return x.index_select(1, torch.from_numpy(np.argsort(order)).to(x.device))
+    return x.index_select(1, on_device(np.argsort(order), x.device))
 
 
 _GATHER = "(Tensor x, Tensor? cu_seqlens, int total, str layout, str group) -> Tensor"
@@ -162,8 +169,7 @@ def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _own_rows(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     transport = transport_of(ctx.group)
     held = layout_of(ctx.layout, ctx.total, transport.world_size, content(ctx.cu_seqlens))
-    rows = torch.from_numpy(held.positions(transport.ranks[0])).to(grad.device)
-    return grad.index_select(1, rows), None, None, None, None
+    return grad.index_select(1, on_device(held.positions(transport.ranks[0]), grad.device)), None, None, None, None
 
 
 gather.register_autograd(_own_rows, setup_context=_save_gather)

@@ -21,10 +21,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """Tensors to send to peers and buffers to fill from them, as ``(rank in the group, tensor)``; both contiguous."""
+    """Tensors to send to peers and buffers to fill from them, as ``(rank in the group, tensor)``; both contiguous.
+
+    `device` is where all ranks' tensors of this exchange live, for a rank that has none; None where every rank has some.
+    """
 
     send: Sequence[tuple[int, Tensor]]
     receive: Sequence[tuple[int, Tensor]]
+    device: torch.device | None = None
 
 
 Wait = Callable[[], None]
@@ -164,16 +168,17 @@ class ProcessTransport(OneRank):
         return wait
 
     def _meet(self, exchange: Exchange) -> None:
-        """One collective of each whole group on each device type before the first message on it.
+        """One collective of each whole group on each device type before the first message on it, also of ranks without mail.
 
         NCCL and oneCCL set up their communicator with every rank of the group, and hang where only some take part.
         """
-        used = {tensor.device for _, tensor in (*exchange.send, *exchange.receive)} or {current_device(self._groups[0])}
-        for device in used:
-            for group in self._groups if device.type != "cpu" else ():
-                if device.type not in (met := _MET.setdefault(group, set())):
-                    met.add(device.type)
-                    dist.all_reduce(torch.zeros(1, device=device), group=group)
+        device = exchange.device or next((tensor.device for _, tensor in (*exchange.send, *exchange.receive)), None)
+        if device is None or device.type == "cpu":
+            return
+        for group in self._groups:
+            if device.type not in (met := _MET.setdefault(group, set())):
+                met.add(device.type)
+                dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 class PretendTransport(OneRank):
@@ -190,14 +195,6 @@ class PretendTransport(OneRank):
         for _, buffer in exchange.receive:
             buffer.zero_()
         return _nothing
-
-
-def current_device(group: dist.ProcessGroup) -> torch.device:
-    """The device that a group's messages live on: this process' accelerator, or the CPU for gloo and mpi."""
-    if torch.device("cpu") in group._device_types:
-        return torch.device("cpu")
-    kind = group._device_types[0].type
-    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 _NOT_A_MEMBER: Any = dist.GroupMember.NON_GROUP_MEMBER

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,13 +35,13 @@ class Rows:
 
     @classmethod
     def pack(cls, messages: Sequence[Message], k: Tensor, v: Tensor) -> Callable[[np.ndarray], Tensor]:
-        """`take` of the rows of ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]`` that messages are about, packed once for all of them."""
+        """`take` from the rows of ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]`` that messages are about, packed once for all."""
         rows = [m.rows for m in messages if m.size]
         first, end = min((int(r[0, 0]) for r in rows), default=0), max((int(r[-1, 1]) for r in rows), default=0)
         packed = cls.make(end - first, k, v, k.dtype)
         packed.k.copy_(k[:, first:end])
         packed.v.copy_(v[:, first:end])
-        return lambda rows: packed.take(rows - first)
+        return lambda rows: take(packed.data, rows - first)
 
     @property
     def k(self) -> Tensor:
@@ -60,17 +61,25 @@ class Rows:
         """As many rows of zeros."""
         return Rows(torch.zeros_like(self.data, dtype=dtype), self.heads, self.dims)
 
-    def take(self, rows: np.ndarray) -> Tensor:
-        """The rows of some intervals, contiguous: a view where it is one interval."""
-        parts = [self.data[lo:hi] for lo, hi in rows.tolist()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def put(self, rows: np.ndarray, data: Tensor, add: bool = False) -> None:
-        start = 0
-        for lo, hi in rows.tolist():
-            into, part = self.data[lo:hi], data[start : start + hi - lo]
-            _ = into.add_(part) if add else into.copy_(part)
-            start += hi - lo
+def take(data: Tensor, rows: np.ndarray) -> Tensor:
+    """The rows of some intervals, contiguous: a view where it is one interval."""
+    parts = [data[lo:hi] for lo, hi in rows.tolist()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else data[:0]
+
+
+def room(data: Tensor, rows: np.ndarray) -> Tensor:
+    """Where the rows of some intervals are received: right there if it is one interval, else `put` stores them."""
+    return data[slice(*rows[0])] if len(rows) == 1 else data.new_empty(int((rows[:, 1] - rows[:, 0]).sum()), *data.shape[1:])
+
+
+def put(data: Tensor, rows: np.ndarray, part: Tensor, add: bool = False) -> None:
+    """Store rows at some intervals, or add them to what is there."""
+    start = 0
+    for lo, hi in rows.tolist():
+        into, piece = data[lo:hi], part[start : start + hi - lo]
+        _ = into.add_(piece) if add else into.copy_(piece)
+        start += hi - lo
 
 
 def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: Rows | None, wire: torch.dtype | None = None) -> Walk:
@@ -111,23 +120,20 @@ def _fetch(plan: RankPlan, t: int, memory: Rows | None, k: Tensor, v: Tensor) ->
     if t >= len(plan.steps):
         return lambda: Rows.make(0, k, v, k.dtype)
     step = plan.steps[t]
-    take = Rows.pack(step.send, k, v) if memory is None else memory.part(plan.steps[t - 1]).take
+    packed = Rows.pack(step.send, k, v) if memory is None else partial(take, memory.part(plan.steps[t - 1]).data)
     memory = memory if memory is not None and not step.room else Rows.make(step.room, k, v, k.dtype)
     filled, buffer = memory, memory.part(step)
-    inbox = [
-        (m, buffer.data[slice(*m.rows[0])] if len(m.rows) == 1 else buffer.data.new_empty(m.size, *buffer.data.shape[1:]))
-        for m in step.receive
-    ]
-    outbox = [(m.peer, take(m.rows)) for m in step.send]
-    del take
-    wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in inbox])
+    inbox = [(m, room(buffer.data, m.rows)) for m in step.receive]
+    outbox = [(m.peer, packed(m.rows)) for m in step.send]
+    del packed
+    wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in inbox], k.device)
 
     def arrived() -> Rows:
         wait()
         for message, data in inbox:
             data = next(x for peer, x in outbox if peer == plan.rank) if message.peer == plan.rank else data
             if len(message.rows) > 1 or message.peer == plan.rank:
-                buffer.put(message.rows, data)
+                put(buffer.data, message.rows, data)
         outbox.clear()
         return filled
 
@@ -141,20 +147,20 @@ def _send_home(
     step, onward = plan.steps[t], plan.steps[t + 1 : t + 2] if plan.steps[t].relays else ()
     own = [m for m in step.home_receive if m.peer == plan.rank]
     for message, rows in zip((m for m in step.home_send if m.peer == plan.rank), own, strict=True):
-        home.put(rows.rows, grads.take(message.rows), add=True)
+        put(home.data, rows.rows, take(grads.data, message.rows), add=True)
     send = [m for m in (*step.home_send, *(m for s in onward for m in s.send)) if m.peer != plan.rank]
     to_home = [(m, _empty_rows(grads, m, wire)) for m in step.home_receive if m.peer != plan.rank]
     to_next = [(m, _empty_rows(grads, m, wire)) for s in onward for m in s.receive]
-    outbox = [(m.peer, grads.take(m.rows).to(wire)) for m in send]
-    wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in (*to_home, *to_next)])
+    outbox = [(m.peer, take(grads.data, m.rows).to(wire)) for m in send]
+    wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in (*to_home, *to_next)], grads.data.device)
 
     def settle(following: Rows | None) -> None:
         wait()
         for message, data in to_home:
-            home.put(message.rows, data, add=True)
+            put(home.data, message.rows, data, add=True)
         for message, data in to_next:
             assert following is not None
-            following.put(message.rows, data, add=True)
+            put(following.data, message.rows, data, add=True)
 
     return settle
 
@@ -162,9 +168,10 @@ def _send_home(
 Mail = Sequence[tuple[int, Tensor]]
 
 
-def _to_others(plan: RankPlan, send: Mail, receive: Mail) -> Exchange:
+def _to_others(plan: RankPlan, send: Mail, receive: Mail, device: torch.device) -> Exchange:
     """The messages that travel: not a rank's to itself, and none without content."""
-    return Exchange(*([(peer, x) for peer, x in mail if peer != plan.rank and x.numel()] for mail in (send, receive)))
+    out, back = ([(peer, x) for peer, x in mail if peer != plan.rank and x.numel()] for mail in (send, receive))
+    return Exchange(out, back, device)
 
 
 def _empty_rows(like: Rows, message: Message, wire: torch.dtype) -> Tensor:

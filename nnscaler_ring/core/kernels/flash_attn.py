@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..device import on_device
 from .base import Case
 from .installed import Library, capability, parameters
 from .packed import Call, Packed, Read
@@ -118,7 +120,7 @@ class FlashAttn2(FlashAttn):
             raise self.package.unknown(f"{len(results)} results")
         lse = results[5 if len(results) == 8 else 1]
         if not single and _pads(forward):
-            lse = lse.transpose(1, 2)[_filled(call, lse.shape[2], lse)].T
+            lse = lse.transpose(1, 2).flatten(0, 1).index_select(0, _filled(call, lse.shape[2], lse.device)).T
         return results[0], lse.masked_fill(lse == torch.inf, -torch.inf)
 
     def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
@@ -126,9 +128,9 @@ class FlashAttn2(FlashAttn):
         _, backward = _dense(module) if single else _varlen(module)
         lse = read.lse
         if not single and _pads(backward):
-            padded = lse.new_zeros(len(call.num_q), call.most[0], lse.shape[0])
-            padded[_filled(call, call.most[0], lse)] = lse.T
-            lse = padded.transpose(1, 2).contiguous()
+            padded = lse.new_zeros(len(call.num_q) * call.most[0], lse.shape[0])
+            padded.index_copy_(0, _filled(call, call.most[0], lse.device), lse.T)
+            lse = padded.unflatten(0, (-1, call.most[0])).transpose(1, 2).contiguous()
         return self.in_place(backward, call, read._replace(lse=lse), not single)
 
 
@@ -145,8 +147,6 @@ def _pads(function: Any) -> bool:
     return "softcap" not in parameters(function)
 
 
-def _filled(call: Call, most: int, like: Tensor) -> Tensor:
-    """Which of `most` rows a span has: bool ``[n, most]``."""
-    counts = torch.tensor(call.num_q)
-    filled = torch.arange(most) < counts.unsqueeze(1)
-    return filled.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else filled
+def _filled(call: Call, most: int, device: torch.device) -> Tensor:
+    """The numbers of the rows that are there, of spans padded to `most` rows each."""
+    return on_device(np.concatenate([n * most + np.arange(count) for n, count in enumerate(call.num_q)]), device)

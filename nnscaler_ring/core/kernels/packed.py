@@ -9,14 +9,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Grad, Kernel, Scores, Spans, Window, rows
+from ..device import on_device
+from ..geometry import coalesce
+from .base import Grad, Kernel, Scores, Spans, Window
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,7 +109,7 @@ class Packing:
     """Where the rows of spans lie in one call."""
 
     def __init__(self, spans: Spans, q: Tensor) -> None:
-        self.spans, self.single, self._like = rows(spans), len(spans) == 1, q
+        self.spans, self.single, self._like = spans, len(spans) == 1, q
         self.num_q = tuple((spans[:, 1] - spans[:, 0]).tolist()) * q.shape[0]
         self.num_k = tuple((spans[:, 3] - spans[:, 2]).tolist()) * q.shape[0]
 
@@ -128,32 +129,31 @@ class Packing:
 
     def rows(self, x: Tensor) -> Tensor:
         """The spans' query rows of ``[B, L, ...]``."""
-        return _aligned(self._take(x, [(i0, i1) for i0, i1, _, _ in self.spans]))
+        return _aligned(self._take(x, self.spans[:, :2]))
 
     def keys(self, x: Tensor) -> Tensor:
         """The spans' key rows of ``[B, M, ...]``."""
-        return _aligned(self._take(x, [(j0, j1) for _, _, j0, j1 in self.spans]))
+        return _aligned(self._take(x, self.spans[:, 2:]))
 
     def columns(self, x: Tensor) -> Tensor:
         """The spans' query rows of ``[B, H, L]``, as `attend` returns the lse, contiguous."""
-        taken = self._take(x.transpose(1, 2), [(i0, i1) for i0, i1, _, _ in self.spans])
+        taken = self._take(x.transpose(1, 2), self.spans[:, :2])
         return (taken.transpose(1, 2) if self.single else taken.T).contiguous()
 
     def apart(self, x: Tensor, batch: int) -> Tensor:
         """The rows of a result as ``[B, rows, ...]``."""
         return x if self.single else x.unflatten(0, (batch, -1))
 
-    def _take(self, x: Tensor, at: list[tuple[int, int]]) -> Tensor:
+    def _take(self, x: Tensor, at: Spans) -> Tensor:
         if self.single:
-            return x[:, at[0][0] : at[0][1]]
-        in_order = all(a[1] == b[0] for a, b in pairwise(at))
-        taken = x[:, at[0][0] : at[-1][1]] if in_order else torch.cat([x[:, lo:hi] for lo, hi in at], dim=1)
-        return taken.flatten(0, 1)
+            return x[:, slice(*at[0])]
+        parts = [x[:, lo:hi] for lo, hi in coalesce(at).tolist()]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
 
     def add(self, total: Tensor, part: Tensor, at: Spans) -> None:
         """Add a gradient of the spans' rows to the accumulator; spans may share keys."""
         part, start = self.apart(part, total.shape[0]), 0
-        for lo, hi in at.tolist():
+        for lo, hi in coalesce(at).tolist():
             total[:, lo:hi] += part[:, start : start + hi - lo, :, : total.shape[-1]]
             start += hi - lo
 
@@ -161,7 +161,7 @@ class Packing:
 def bounds(counts: Sequence[int], like: Tensor) -> Tensor:
     """int32 boundaries of rows end to end, on the device of `like` without a sync."""
     at = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return at.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else at
+    return on_device(at, like.device)
 
 
 def pad(*tensors: Tensor, width: int | None = None) -> list[Tensor]:

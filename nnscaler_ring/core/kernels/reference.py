@@ -30,7 +30,7 @@ class Reference(Kernel):
             i0, i1, j0, j1, _ = piece
             s, _ = _scores(_tile(q, i0, i1), _tile(k, j0, j1, q), scores, piece, window)
             lse = torch.logsumexp(s, dim=-1)
-            weights = torch.exp(s - lse.unsqueeze(-1))
+            weights = torch.exp(s - _finite(lse).unsqueeze(-1))
             if scores.dropout:
                 weights = weights * _kept(weights, scores, piece)
             outs.append((weights @ _tile(v, j0, j1, q)).transpose(1, 2))
@@ -44,7 +44,7 @@ class Reference(Kernel):
             q, key, value = _tile(grad.q, i0, i1), _tile(k, j0, j1, grad.q), _tile(v, j0, j1, grad.q)
             out, d_out = _tile(grad.out, i0, i1), _tile(grad.d_out, i0, i1)
             s, slope = _scores(q, key, scores, piece, window)
-            weights = torch.exp(s - grad.lse[:, :, i0:i1].to(s.dtype).unsqueeze(-1))
+            weights = torch.exp(s - _finite(grad.lse[:, :, i0:i1].to(s.dtype)).unsqueeze(-1))
             d_weights, used = d_out @ value.mT, weights
             if scores.dropout:
                 kept = _kept(weights, scores, piece)
@@ -78,6 +78,11 @@ def _tile(x: Tensor, lo: int, hi: int, like: Tensor | None = None) -> Tensor:
     """``[B, H, hi - lo, D]`` in the dtype of computation, with the heads of `like`."""
     x = x[:, lo:hi].transpose(1, 2).to(torch.promote_types(x.dtype, torch.float32))
     return x if like is None else x.repeat_interleave(like.shape[2] // x.shape[1], dim=1)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """0 where a bias hides all keys of a row, whose weights ``exp(-inf - lse)`` are then 0."""
+    return lse.masked_fill(lse == float("-inf"), 0.0)
 
 
 def _fold(x: Tensor, heads_k: int) -> Tensor:

@@ -19,12 +19,9 @@ from typing import NamedTuple
 from ..mask import NO_LIMIT
 from .base import Window
 
-BLOCK_Q, BLOCK_K = 256, 512
-"""Query rows and keys that torch's CPU kernel takes at once from 768 rows on: a causal call computes whole blocks. Below 4,096
-rows that wastes more than tiles do (measured on one core: 2,048 rows 1.25 x the visible pairs, 1,024 rows 1.5 x)."""
-
 LONG = 4096
-"""Rows from which a triangle is one causal call."""
+"""Rows from which a triangle is one causal call. Torch's CPU kernel computes whole blocks of 256 rows and 512 keys of it, which
+wastes more than tiles do below (measured on one core: 2,048 rows 1.25 x the visible pairs, 1,024 rows 1.5 x)."""
 
 
 class Kind(Enum):
@@ -64,15 +61,6 @@ def pieces(num_q: int, num_k: int, window: Window, long: int = LONG) -> list[Pie
     if to_last:
         return [_backwards(piece, num_q, num_k) for piece in _below(num_q, num_k, num_k - num_q - low, long)]
     return _wide(num_q, num_k, low, high, long) if high - low + 1 >= long // 2 else _along(0, num_q, num_k, low, high)
-
-
-def computed_pairs(piece: Piece) -> int:
-    """Pairs that the CPU kernel computes for a piece and its repeats: whole blocks of keys past the diagonal of a causal call."""
-    num_q, num_k = piece.i1 - piece.i0, piece.j1 - piece.j0
-    if piece.kind in (Kind.FULL, Kind.BAND):
-        return num_q * num_k * piece.repeat
-    ends = ((i, min(i + BLOCK_Q, num_q)) for i in range(0, num_q, BLOCK_Q))
-    return sum((end - i) * min(num_k, -(-end // BLOCK_K) * BLOCK_K) for i, end in ends)
 
 
 def _below(num_q: int, num_k: int, high: int, long: int) -> list[Piece]:
