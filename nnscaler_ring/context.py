@@ -71,7 +71,8 @@ class ContextParallel:
             send for packed rows), ``contiguous-per-document``, ``zigzag-per-document``, or a `Layout`, for example of
             `balanced` for a mask of one's own.
         transport: ``ring``, ``grouped_ring`` (fewer merges, more memory), ``all_gather``, ``halo``, ``all_to_all`` (Ulysses), or
-            ``auto``: one of ring, halo and all_to_all, by what they move for the mask and the heads, and what hides it.
+            ``auto``: one of ring, halo and all_to_all, by what they move for the mask and the heads, and what hides it; a ring's
+            forward pass grouped where its merges would take longer than the waits.
         kernel: ``auto``, or the name of a backend.
         reduce_dtype: dtype in which gradients of keys and values travel, for example ``torch.bfloat16`` for half the bytes; None
             for fp32 (float64 for float64). They are added up in fp32 in any case.

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from nnscaler_ring.core import passes
 from nnscaler_ring.core.chains import rows_needed
 from nnscaler_ring.core.heads import deal, teams
 from nnscaler_ring.core.layouts import LAYOUTS, build
 from nnscaler_ring.core.mask import Mask
 from nnscaler_ring.core.mask import build as build_mask
 from nnscaler_ring.core.plan import TRANSPORTS, plan, plans, rows_sent
+from nnscaler_ring.core.recipe import Recipe
 from nnscaler_ring.core.scaling import (
     NETWORKS,
     SPEEDS,
@@ -25,6 +29,7 @@ from nnscaler_ring.core.scaling import (
     report,
     timeline,
 )
+from tests import oracle
 from tests.shapes import KINDS, WORLDS, random_mask
 
 SLOW = Speed("a test", forward=1e6, backward=1e6, launch=0.0, memory=1e30)
@@ -128,3 +133,19 @@ def test_the_best_transport() -> None:
     many = Shape(heads=8, heads_k=8)
     assert best_transport(short, build("zigzag", 2048, 8), many, SPEEDS["fa2-h100"], NETWORKS["100g"]) == "all_to_all"
     assert best_transport(Mask([], 8), build("zigzag", 8, 8), odd, *gpu) == "halo"
+
+
+def test_auto_groups_the_forward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where merges take longer than waits would: fewer of them forward, a ring backward, the same numbers."""
+    slow = Speed("slow memory", 1e15, 1e15, 0.0, 1e9), Network("fast", 1e12, 0.0)
+    monkeypatch.setattr(passes, "machine_of", lambda *_: slow)
+    taken, given = [], oracle.inputs(0, (1, 64, 64), (4, 2, 8, 8))
+    monkeypatch.setattr(passes, "plan", lambda *args: taken.append(args[3]) or plan(*args))
+    recipe = Recipe(group="local:8", layout="zigzag", causal=True)
+    got = oracle.run(given, 0.3, recipe)
+    assert taken == ["grouped_ring"] * 8 + ["ring"] * 8
+    want = oracle.run(given, 0.3, replace(recipe, transport="ring"))
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    made = report(build_mask(64, causal=True), build("zigzag", 64, 8), "auto", Shape(), *slow)
+    assert made.transport == "grouped_ring / ring" and made.sent == made.needed

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 from . import engine, kernels
 from .layouts import check_layout
 from .mask import Mask, check_cu_seqlens, check_window
-from .passes import kernel_for
+from .passes import kernel_for, shape_of
 from .plan import ALL_TO_ALL, check_transport
 from .recipe import Recipe, content, layout_of, mask_of
-from .scaling import Shape, best_transport, machine_of
+from .scaling import best_transport, machine_of
 from .transport import GRID, is_grid, is_local, member_of, transport_of
 
 Group = dist.ProcessGroup | Sequence[int] | None
@@ -158,18 +158,16 @@ def _with_transport(
     tables: Sequence[Tensor | None],
     options: Options,
 ) -> Recipe:
-    """The recipe with the transport that suits the mask and the heads, where it is left open."""
+    """The recipe with heads travelling where that suits the mask and is left open; else it stays open, for each pass to choose."""
     transport = transport_of(recipe.group)
     world = transport.world_size
     if recipe.transport != "auto" or world == 1 or transport.inner > 1 or options.bias is not None:
         return recipe  # a bias would travel with the heads
     cu_q, cu_k, slices = (content(table) for table in tables)
     mask = mask_of(recipe, *total, cu_q, cu_k, slices)
-    gradient = getattr(torch, recipe.reduce_dtype, None) or torch.promote_types(q.dtype, torch.float32)
-    sizes = {"heads": q.shape[-2], "heads_k": k.shape[-2], "dim": q.shape[-1], "dim_v": v.shape[-1]}
-    shape = Shape(**sizes, batch=q.shape[0] if q.dim() == 4 else 1, element=q.dtype.itemsize, gradient=gradient.itemsize)
-    held = layout_of(recipe.layout, total[0], world, cu_q)
-    return replace(recipe, transport=best_transport(mask, held, shape, *machine_of(q.device.type, world)))
+    held, shape = layout_of(recipe.layout, total[0], world, cu_q), shape_of(recipe, q, k, v)
+    travel = best_transport(mask, held, shape, *machine_of(q.device.type, world)) == ALL_TO_ALL
+    return replace(recipe, transport=ALL_TO_ALL) if travel else recipe
 
 
 def _slopes(q: Tensor, options: Options) -> Tensor | None:

@@ -61,7 +61,7 @@ def attention(
         out ``[B, Lq, Hq, Dv]`` in q's dtype; lse ``[B, Hq, Lq]``, natural log, fp32 (float64 for float64); where ranks exchange
         tokens for heads, what the backward pass reads instead of q, k, v, out and lse.
     """
-    job = job_of(Recipe.parse(recipe), (total_q, total_k), (cu_q, cu_k, slices), scale, seed)
+    job = job_of(Recipe.parse(recipe), (total_q, total_k), (cu_q, cu_k, slices), (q, k, v), scale, seed)
     _check_rows(job, q, k)
     qs, (ks, vs) = job.shards(q, job.q_layout), (job.shards(x, job.k_layout) for x in (k, v))
     by_rank = zip(job.plans, qs, ks, vs, _extras(job, alibi, bias, sink), strict=True)
@@ -155,7 +155,7 @@ def attention_backward(
         dq, dk, dv; with `wants_bias` then d_bias, with a sink then d_sink, over this rank's queries.
     """
     *documents, alibi, bias, sink = tables
-    job = job_of(Recipe.parse(recipe), (total[0], total[1]), documents, scale, seed)
+    job = job_of(Recipe.parse(recipe), (total[0], total[1]), documents, saved[1:4], scale, seed, backward=True)
     ranks = range(len(job.plans))
     d_lses = [None for _ in ranks] if d_lse is None else job.shards(d_lse, job.q_layout, dim=2)
     d_out, q, k, v, out, lse, *kept = saved

@@ -22,6 +22,7 @@ from .layout import Layout
 from .merge import merge_
 from .plan import ALL_TO_ALL, plan
 from .recipe import Recipe, content, layout_of, mask_of
+from .scaling import Shape, machine_of, row_transport
 from .steps import Calls, RankPlan, Step, among
 from .transport import Exchange, LocalTransport, Transport, Wait, transport_of
 from .walk import Rows, Visit, staggered, walk
@@ -137,16 +138,36 @@ def inner_of(recipe: Recipe, transport: Transport) -> int:
     return transport.world_size if recipe.transport == ALL_TO_ALL else transport.inner
 
 
-def job_of(recipe: Recipe, total: tuple[int, int], tables: Sequence[Tensor | None], scale: float, seed: int = 0) -> Job:
+def job_of(
+    recipe: Recipe,
+    total: tuple[int, int],
+    tables: Sequence[Tensor | None],
+    qkv: Sequence[Tensor],
+    scale: float,
+    seed: int = 0,
+    backward: bool = False,
+) -> Job:
+    """The job of one pass over the sequence; of q, k and v only shapes and dtypes count, by which ``auto`` chooses."""
     transport = transport_of(recipe.group)
     inner = inner_of(recipe, transport)
     cu_q, cu_k, slices = (content(table) for table in tables)
     seen = mask_of(recipe, *total, cu_q, cu_k, slices)
     q_layout = layout_of(recipe.layout, total[0], transport.world_size, cu_q)
     k_layout = layout_of(recipe.layout, total[1], transport.world_size, cu_q if cu_k is None else cu_k)
-    held, outer = (teams(q_layout, inner), teams(k_layout, inner)), "auto" if recipe.transport == ALL_TO_ALL else recipe.transport
-    plans = [among(plan(seen, *held, outer, rank // inner), inner, rank % inner) for rank in transport.ranks]
+    held = teams(q_layout, inner), teams(k_layout, inner)
+    way = "auto" if recipe.transport == ALL_TO_ALL else recipe.transport
+    if way == "auto":
+        shape, world = shape_of(recipe, *qkv), transport.world_size
+        way = row_transport(seen, held, shape, machine_of(qkv[0].device.type, world), backward)
+    plans = [among(plan(seen, *held, way, rank // inner), inner, rank % inner) for rank in transport.ranks]
     return Job(recipe, transport, inner, plans, q_layout, k_layout, scale, seed, (cu_q, cu_k))
+
+
+def shape_of(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor) -> Shape:
+    """The layer of q, k and v, ``[B, L, H, D]`` or packed ``[T, H, D]``, as `scaling` takes it."""
+    gradient = getattr(torch, recipe.reduce_dtype, None) or exact_dtype(q.dtype)
+    sizes = {"heads": q.shape[-2], "heads_k": k.shape[-2], "dim": q.shape[-1], "dim_v": v.shape[-1]}
+    return Shape(**sizes, batch=q.shape[0] if q.dim() == 4 else 1, element=q.dtype.itemsize, gradient=gradient.itemsize)
 
 
 def _heads(stride: int, heads: int, heads_k: int, most: int) -> list[tuple[slice, slice]]:

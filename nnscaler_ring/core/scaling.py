@@ -66,11 +66,15 @@ SPEEDS: Mapping[str, Speed] = MappingProxyType(
 """Kernels that have a name, with what they reach on 8k tokens, head dim 128, bf16, causal."""
 
 
+NEAR = 8
+"""Ranks that are taken to be on one node."""
+
+
 def machine_of(device: str, world_size: int) -> tuple[Speed, Network]:
-    """What ranks on a kind of device are taken to be where nobody says: one node of GPUs up to 8 ranks, 400 Gb/s beyond."""
+    """What ranks on a kind of device are taken to be where nobody says: one node of GPUs up to `NEAR` ranks, 400 Gb/s beyond."""
     if device == "cpu":
         return SPEEDS["cpu-core"], NETWORKS["gloo"]
-    return SPEEDS["fa2-h100"], NETWORKS["nvlink" if world_size <= 8 else "400g"]
+    return SPEEDS["fa2-h100"], NETWORKS["nvlink" if world_size <= NEAR else "400g"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +208,7 @@ class Report:
     """A configuration in figures. Bytes are of the forward pass over all ranks unless said otherwise; seconds are modelled.
 
     Attributes:
+        transport: of the forward pass, and that of the backward pass where it is another.
         balance: most pairs of a rank over the mean.
         tile_balance: the same in the tiles that a kernel computes; None where not all ranks are planned.
         inner: ranks of a team that share heads.
@@ -211,7 +216,7 @@ class Report:
             heads travel.
         sent: bytes sent.
         sent_backward: bytes of the backward pass: keys and values again, and gradients.
-        calls, merges: of the busiest rank looked at.
+        calls, merges: of the busiest rank looked at, forward.
         forward, backward: seconds of the slowest rank looked at.
         efficiency: of both passes: a rank's share of the visible pairs at the kernel's speed, without launches or half-empty
             tiles, over the slowest rank's time.
@@ -240,7 +245,7 @@ def report(
     Args:
         mask: who sees whom.
         held: which rank holds which tokens.
-        transport: a name in `plan.TRANSPORTS`, ``auto`` for what `plan.choose` says, ``all_to_all`` for heads over all ranks.
+        transport: a name in `plan.TRANSPORTS`, ``auto`` for what `row_transport` says, ``all_to_all`` for heads over all ranks.
         inner: ranks of a team that share heads, in a grid.
         most: in a larger world only the ranks with the most pairs and rows, the first, the middle and the last are planned.
 
@@ -259,27 +264,30 @@ def report(
     if world % inner:
         raise ValueError(f"{world} ranks do not divide into teams of {inner}")
     outer = teams(held, inner)
+    shares = deal(shape.heads, shape.heads_k, inner)
+    busiest = replace(shape, heads=max(s.q[1] - s.q[0] for s in shares), heads_k=max(len(s.repeats) for s in shares))
+    ways = (transport, transport)
     if transport == "auto" or outer.world_size == 1:
-        transport = choose(mask, outer, outer)
+        forward, back = (row_transport(mask, (outer, outer), busiest, (speed, network), backward) for backward in (False, True))
+        ways = forward, back
     pairs, needed = rank_pairs(mask, outer), rows_needed(mask, outer, outer)
     looked_at: Iterable[int] = range(outer.world_size)
     if outer.world_size > most:
         looked_at = {0, outer.world_size // 2, outer.world_size - 1, int(pairs.argmax()), int(needed.argmax())}
-    plans = [plan(mask, outer, outer, transport, rank) for rank in looked_at]
-    shares = deal(shape.heads, shape.heads_k, inner)
-    busiest = replace(shape, heads=max(s.q[1] - s.q[0] for s in shares), heads_k=max(len(s.repeats) for s in shares))
+    planned = [[plan(mask, outer, outer, way, rank) for rank in looked_at] for way in ways]
+    plans = planned[0]
     before, after = head_bytes(shape, shares, held)
     lines = [
-        max(timeline(p, busiest, speed, network, bool(n), (int(before[n].max()), int(after[n].max()))).total for p in plans)
+        max(timeline(p, busiest, speed, network, bool(n), (int(before[n].max()), int(after[n].max()))).total for p in planned[n])
         for n in range(2)
     ]
-    rows = rows_sent(mask, outer, outer, transport) * sum(s.k[1] - s.k[0] for s in shares) // shape.heads_k
+    rows = rows_sent(mask, outer, outer, ways[0]) * sum(s.k[1] - s.k[0] for s in shares) // shape.heads_k
     worked = [tiles(p) for p in plans]
     spread = busiest.heads * inner / shape.heads
     alone = pairs.sum() / world * (shape.flops() / speed.forward + shape.flops(True) / speed.backward)
     return Report(
         world_size=world,
-        transport=transport,
+        transport=" / ".join(dict.fromkeys(ways)),
         inner=inner,
         balance=float(pairs.max() / max(pairs.mean(), 1e-9)) * spread,
         tile_balance=max(worked) * len(worked) / max(sum(worked), 1) * spread if len(plans) == outer.world_size else None,
@@ -313,6 +321,33 @@ def head_bytes(shape: Shape, shares: Sequence[Share], held: Layout) -> tuple[lis
 
 
 # -- which transport ---------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def row_transport(mask: Mask, held: tuple[Layout, Layout], shape: Shape, machine: tuple[Speed, Network], backward: bool) -> str:
+    """What ``auto`` is in one pass: as `plan.choose` says, but a ring whose groups grow where merges take longer than waits would.
+
+    That is so forward alone: in the backward pass the gradients of the last group would leave with nothing to hide behind. The
+    first and the last rank are looked at, and worlds of up to `NEAR` ranks: beyond them networks are too slow.
+
+    Args:
+        held: which rank holds which queries, and which keys.
+
+    Example:
+        >>> from nnscaler_ring.core import layout, mask
+        >>> held, causal = layout.zigzag(1 << 16, 8), mask.build(1 << 16, causal=True)
+        >>> [row_transport(causal, (held, held), Shape(), machine_of("cuda", world), False) for world in (8, 64)]
+        ['grouped_ring', 'ring']
+    """
+    name = choose(mask, *held)
+    world = held[0].world_size
+    if name != "ring" or backward or world > NEAR:
+        return name
+    seconds = {
+        way: max(timeline(plan(mask, *held, way, rank), shape, *machine).total for rank in (0, world - 1))
+        for way in (name, "grouped_ring")
+    }
+    return min(seconds, key=lambda way: seconds[way])
 
 
 @lru_cache(maxsize=1024)

@@ -1,7 +1,8 @@
 """flash-attn 4, for Hopper and Blackwell: ``flash_attn.cute`` of the distribution ``flash-attn-4``, 4.0.0b9 .. 4.0.0b36.
 
 The fastest there is on Hopper (H200, bf16, D 128, causal, 8k tokens: 675 / 629 TFLOP/s forward / backward). It takes the gradient
-of the log-sum-exp, and None for no limit of a window. Its kernels are compiled when first called. It has not run here on a GPU.
+of the log-sum-exp, and None for no limit of a window. Its kernels are compiled when first called. What is asked of it compiles for
+compute capabilities 9.0 and 10.0 (4.0.0b36, `tests/compiled.py`); it has not run here on a GPU.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ BACK = (BACKWARD - {"softmax_lse", "dq", "dk", "dv"}) | BOUNDS | {"lse", "dlse"}
 class FlashAttn4(FlashAttn):
     """``_flash_attn_fwd`` and ``_flash_attn_bwd``.
 
-    Head dims are padded to what all its releases have: one for q, k and v, a multiple of 8 up to 128, or (192, 128); on Hopper also
-    192 and 256.
+    Head dims are padded to what all its releases have and compile: one for q, k and v, a multiple of 8 up to 96, or 128, or (192,
+    128), on Hopper with as many key heads as query heads; on Hopper also 192 and 256.
     """
 
     takes_d_lse = True
@@ -38,7 +39,7 @@ class FlashAttn4(FlashAttn):
         width = max(super().widths(head_dim, head_dim_v))
         if 128 < head_dim <= 192 and head_dim_v <= 128:
             return 192, 128
-        wide = next(each for each in (width if width <= 128 else 192, 256) if width <= each)
+        wide = width if width <= 96 else next(each for each in (128, 192, 256) if width <= each)
         return wide, wide
 
     def check_gpu(self, case: Case) -> None:
@@ -46,6 +47,8 @@ class FlashAttn4(FlashAttn):
         widths = self.widths(case.head_dim, case.head_dim_v)
         if major == 10 and widths != (192, 128) and max(widths) > 128:
             raise NotImplementedError(f"{self.label} is not used on Blackwell for head dims padded to {widths}")
+        if major == 9 and widths == (192, 128) and case.heads != case.heads_k:
+            raise NotImplementedError(f"{self.label} has no backward on Hopper for head dims {widths} with fewer key heads")
 
     def check_functions(self, module: Any, features: frozenset[str]) -> None:
         self.package.check(module._flash_attn_fwd, FORWARD - {"window_size"} | BOUNDS | {"return_lse"} | features)
