@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -374,3 +376,21 @@ def test_what_is_wrong_is_said() -> None:
                 wrong(x, dim=dim)
     with pytest.raises(ValueError, match=r"a tensor \(8, 8\): give 'causal', 'full' or a Mask"):
         cp.attention(x, x, x, mask=torch.ones(8, 8, dtype=torch.bool))  # type: ignore[arg-type]
+
+
+def ended(rank: int, world_size: int) -> bool:
+    """Whether a group is gone once it is destroyed, though a `ContextParallel` over it lives on."""
+    group = dist.new_group()
+    gone = weakref.ref(group)
+    cp = ContextParallel(group, layout="zigzag")
+    x = cp.shard(torch.randn(1, 8, 2, 4), 1).requires_grad_()
+    cp.attention(x, x, x).sum().backward()
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    return gone() is None and cp.world_size == world_size
+
+
+def test_nothing_keeps_a_group_alive(ranks) -> None:
+    """Its threads would run on while Python ends, and may then abort the process."""
+    assert ranks(2).run(ended) == [True, True]
