@@ -59,12 +59,14 @@ class Clock:
 
 
 class Times(NamedTuple):
-    """Seconds of one run: its forward pass and both, inside kernel calls and in all; and spans that the kernel was called for."""
+    """Seconds of one run: its forward pass and both, inside kernel calls and in all, and until the host had sent both; and spans
+    that the kernel was called for."""
 
     forward: float
     both: float
     forward_kernels: float
     both_kernels: float
+    host: float
     forward_calls: int
     both_calls: int
 
@@ -90,16 +92,16 @@ def timed(run: Pass, kernel: Kernel, clock: Clock) -> Times:
         return wrapper
 
     with mock.patch.multiple(kernel, forward=watched(kernel.forward), backward=watched(kernel.backward)):
-        start = clock.start()
+        start, began = clock.start(), time.perf_counter()
         state = run.forward()
         between, first = clock.mark(), len(inside)
         run.backward(state)
-        end = clock.mark()
+        end, host = clock.mark(), time.perf_counter() - began
         clock.wait()
     kernels = [clock.seconds(a, b) for a, b, _ in inside]
     calls = [spans for _, _, spans in inside]
     forward, both = clock.seconds(start, between), clock.seconds(start, end)
-    return Times(forward, both, sum(kernels[:first]), sum(kernels), sum(calls[:first]), sum(calls))
+    return Times(forward, both, sum(kernels[:first]), sum(kernels), host, sum(calls[:first]), sum(calls))
 
 
 def peak(run: Pass, device: str) -> int:
@@ -111,7 +113,8 @@ def peak(run: Pass, device: str) -> int:
         run.backward(run.forward())
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, profile_memory=True, acc_events=True) as profiler:  # it warns without
         run.backward(run.forward())
     found = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0

@@ -9,9 +9,24 @@ import platform
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import numpy as np
 import torch
+
+
+class Table(NamedTuple):
+    """A table as far as it is, and whether something in it failed."""
+
+    text: str
+    failed: bool = False
+
+
+def save(path: pathlib.Path, text: str) -> None:
+    """Write a file as a whole or not at all: a run may be stopped at any time."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

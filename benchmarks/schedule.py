@@ -13,70 +13,33 @@ compared follow each other, round after round; a figure is made of medians over 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import packings, trace
+from benchmarks import trace
 from benchmarks.clock import Clock, Pass, Times, peak, timed
+from benchmarks.problem import Answer, Problem, Setup, check, clock_of, noted, title
 from benchmarks.replay import Mail, Recorder, Replay
-from benchmarks.report import markdown
-from benchmarks.todays import PASSES, Rank
-from nnscaler_ring.core import layouts
-from nnscaler_ring.core.call import Options, Rows, attend
-from nnscaler_ring.core.kernels import Case, Grad, Scores, choose
-from nnscaler_ring.core.layout import Layout
-from nnscaler_ring.core.mask import Mask
-from nnscaler_ring.core.mask import build as build_mask
+from benchmarks.report import Table, markdown
+from benchmarks.todays import PASSES, Rank, order_of
+from nnscaler_ring.core import engine, passes
+from nnscaler_ring.core.call import Rows, attend
+from nnscaler_ring.core.kernels import choose
+from nnscaler_ring.core.passes import Job
 from nnscaler_ring.core.plan import RankPlan, plan
 from nnscaler_ring.core.recipe import Recipe
 from nnscaler_ring.core.transport import transport_of
-
-MASKS = ("causal", "full", "window", "packed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What is measured, on what."""
-
-    device: str = "cpu"
-    ranks: int = 8
-    tokens: int = 8192
-    heads: tuple[int, int, int] = (32, 8, 128)
-    dtype: str = "bfloat16"
-    kernel: str = "auto"
-    masks: Sequence[str] = MASKS
-    window: int = 1024
-    threads: int = 1
-    product: int = 8192
-    """Rows and columns of the matrix product."""
-
-    @property
-    def total(self) -> int:
-        return self.ranks * self.tokens
-
-
-SETUPS: Mapping[str, Setup] = MappingProxyType(
-    {
-        "cuda": Setup(device="cuda"),
-        "cpu": Setup(tokens=2048, heads=(2, 1, 64), dtype="float32", product=2048),
-        "quick": Setup(tokens=256, heads=(2, 1, 32), dtype="float32", window=64, product=256),
-    }
-)
-"""Defaults by device; `quick` to see whether it runs."""
 
 
 @dataclass(frozen=True)
@@ -128,87 +91,18 @@ WAYS: Mapping[str, Sequence[Way]] = MappingProxyType(
 )
 
 
-class Answer(NamedTuple):
-    """What attention gives, forward and backward, over the whole sequence in natural order."""
-
-    out: Tensor
-    lse: Tensor
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-
-
 # -- what is compared ------------------------------------------------------------------------------------------------------------
 
 
-class Problem:
-    """A mask, random numbers for it, and one device's dense answer."""
-
-    def __init__(self, setup: Setup, name: str) -> None:
-        self.setup, self.name = setup, name
-        total = setup.total
-        self.cu = np.cumsum([0, *packings.lengths(total, 0)]) if name == "packed" else None
-        self.options = Options(causal=name != "full", window_size=(setup.window, 0) if name == "window" else (-1, -1))
-        self.mask: Mask = build_mask(total, causal=self.options.causal, window=self.options.window_size, cu_seqlens_q=self.cu)
-        heads, heads_k, dim = setup.heads
-        device, dtype = torch.device(setup.device), getattr(torch, setup.dtype)
-        generator = torch.Generator(device).manual_seed(0)
-
-        def made(heads: int) -> Tensor:
-            return torch.randn(1, total, heads, dim, generator=generator, device=device).to(dtype)
-
-        self.q, self.k, self.v, self.d_out = made(heads), made(heads_k), made(heads_k), made(heads)
-        self.kernel = choose(setup.kernel, Case(device.type, dtype, dim, dim, heads, heads_k))
-        self.scores = Scores(scale=dim**-0.5)
-
-    def layout(self, name: str, ranks: int) -> Layout:
-        return layouts.build(name, self.setup.total, ranks, self.cu)
-
-    @cached_property
-    def one(self) -> RankPlan:
-        """The dense call."""
-        whole = self.layout("contiguous", 1)
-        return plan(self.mask, whole, whole, "auto", 0)
-
-    @property
-    def flops(self) -> float:
-        """Of the forward pass; the backward pass has 2.5 times as many."""
-        return 4.0 * self.one.pairs * self.q.shape[2] * self.q.shape[3]
-
-    def dense(self) -> Pass:
-        """The kernel's own calls for the whole sequence."""
-
-        def forward() -> tuple[Tensor, Tensor]:
-            out = torch.zeros_like(self.q)
-            lse = torch.full(self.q.shape[:3], -torch.inf, device=self.q.device)
-            for each in self.one.steps[0].calls:
-                part, part_lse = self.kernel.forward(self.q, self.k, self.v, each.spans, each.window, self.scores)
-                start = 0
-                for i0, i1, _ in each.blocks.tolist():
-                    out[:, i0:i1] = part[:, start : start + i1 - i0]
-                    lse[:, i0:i1] = part_lse.transpose(1, 2)[:, start : start + i1 - i0]
-                    start += i1 - i0
-            return out, lse.transpose(1, 2).contiguous()
-
-        def backward(saved: tuple[Tensor, Tensor]) -> Answer:
-            out, lse = saved
-            sums = [torch.zeros_like(x, dtype=torch.float32) for x in (self.q, self.k, self.v)]
-            for each in self.one.steps[0].calls:
-                grad = Grad(self.q, out, self.d_out, lse, *sums)
-                self.kernel.backward(grad, self.k, self.v, each.spans, each.window, self.scores)
-            return Answer(out, lse, *sums)
-
-        return Pass(forward, backward)
-
-
 class Schedule(ABC):
-    """A way to compute a problem on the ranks of a world."""
+    """A way to compute a problem on the ranks of a world; `plans` are those of the forward pass, `back` of the backward pass."""
 
     def __init__(self, problem: Problem, way: Way) -> None:
         self.problem, self.way = problem, way
         ranks = problem.setup.ranks
         self.layout = problem.layout(way.layout, ranks)
-        self.plans = [plan(problem.mask, self.layout, self.layout, way.transport, rank) for rank in range(ranks)]
+        self.plans: Sequence[RankPlan] = []
+        self.back: Sequence[RankPlan] = []
         self._at = [torch.from_numpy(self.layout.positions(rank)).to(problem.q.device) for rank in range(ranks)]
         self.mail: list[Mail] = []
 
@@ -223,7 +117,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def world(self) -> Answer:
-        """All ranks; keeps their mail."""
+        """All ranks; keeps their plans and their mail."""
 
     @abstractmethod
     def alone(self, rank: int) -> Any:
@@ -244,11 +138,16 @@ class Ours(Schedule):
     def world(self) -> Answer:
         group, problem = f"local:{self.problem.setup.ranks}", self.problem
         recorder = Recorder(problem.setup.ranks)
-        leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-        with mock.patch.object(transport_of(group), "run", recorder.run):
+        leaves, jobs = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)], list[Job]()
+
+        def made(*args: Any, **named: Any) -> Job:
+            jobs.append(passes.job_of(*args, **named))
+            return jobs[-1]
+
+        with mock.patch.object(transport_of(group), "run", recorder.run), mock.patch.object(engine, "job_of", made):
             out, lse = self._attend(group, *leaves)
             grads = torch.autograd.grad(out, leaves, problem.d_out)
-        self.mail = recorder.mail
+        self.mail, (self.plans, self.back) = recorder.mail, (job.plans for job in jobs)
         return Answer(out.detach(), lse.detach(), *grads)
 
     @contextmanager
@@ -269,8 +168,14 @@ class Ours(Schedule):
 class Todays(Schedule):
     """An algorithm of `todays`."""
 
+    def __init__(self, problem: Problem, way: Way) -> None:
+        super().__init__(problem, way)
+        ranks = range(problem.setup.ranks)
+        self.plans = self.back = [plan(problem.mask, self.layout, self.layout, way.transport, rank) for rank in ranks]
+
     def _rank(self, rank: int) -> Rank:
-        return Rank(self.plans[rank], self.problem.kernel, self.problem.scores, *self.shards(rank)[:3])
+        plan, (q, k, v, _) = self.plans[rank], self.shards(rank)
+        return Rank(plan, self.problem.kernel, self.problem.scores, q, k, v, order_of(plan).to(q.device))
 
     def world(self) -> Answer:
         forward, backward = PASSES[self.way.transport]
@@ -295,19 +200,6 @@ class Todays(Schedule):
         yield Pass(first, lambda saved: replay.run([backward(made, *saved, d_out)])[0])
 
 
-def difference(got: Answer, want: Answer) -> float:
-    """The largest root mean square difference of a part, over that part's root mean square."""
-
-    def rms(x: Tensor) -> float:
-        return float(x.float().square().mean().sqrt())
-
-    return max(rms(g.float() - w.float()) / rms(w) for g, w in zip(got, want, strict=True))
-
-
-TOLERANCE = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-5}
-"""Of `difference` to the dense answer, which has an error itself; who sees whom is what other tests are for."""
-
-
 @dataclass
 class Measured:
     """A schedule's figures."""
@@ -323,125 +215,168 @@ class Measured:
         return [median(getattr(each[rank], part) for each in self.rounds) for rank in range(len(self.rounds[0]))]
 
 
+DENSE = "dense call"
+
+
 @dataclass
 class Results:
-    """All figures of a problem."""
+    """All figures of a problem, and what failed: a way by its name, or `DENSE`."""
 
     problem: Problem
     dense: list[Times]
     dense_bytes: int
-    product: list[float]
-    ways: list[Measured]
-
-
-def clock_of(setup: Setup) -> Clock:
-    return Clock(setup.device, setup.threads, setup.product, getattr(torch, setup.dtype))
+    product: list[float] = field(default_factory=list)
+    ways: dict[str, Measured] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def measure(setup: Setup, name: str, repeats: int) -> Results:
-    """Check each way's answer, then time them all, round by round."""
+    """Check each way's answer, then time them all, round by round; a way that fails is left out from there on."""
     problem, clock = Problem(setup, name), clock_of(setup)
     dense = problem.dense()
     want = dense.backward(dense.forward())
-    found = Results(problem, [], peak(dense, setup.device), [], [])
+    found = Results(problem, [], peak(dense, setup.device))
     for way in WAYS[name]:
-        schedule = (Ours if way.ours else Todays)(problem, way)
-        wrong = difference(schedule.world(), want)
-        if not wrong <= TOLERANCE[setup.dtype]:
-            raise AssertionError(f"{name}, {way.name}: the result differs by {wrong:.2g} from the dense one")
-        with schedule.alone(setup.ranks // 2) as run:
-            found.ways.append(Measured(schedule, wrong, peak(run, setup.device)))
+        with noted(found.failed, way.name):
+            found.ways[way.name] = _checked(problem, way, want)
     del want
     for _ in range(repeats):
-        found.product.append(clock.product())
-        found.dense.append(timed(dense, problem.kernel, clock))
-        for each in found.ways:
-            each.rounds.append([])
-            for rank in range(setup.ranks):
-                with each.schedule.alone(rank) as run:
-                    each.rounds[-1].append(timed(run, problem.kernel, clock))
+        with noted(found.failed, DENSE):  # as after an illegal access, when nothing runs any more
+            found.product.append(clock.product())
+            found.dense.append(timed(dense, problem.kernel, clock))
+        if DENSE in found.failed:
+            break
+        for way_name, each in list(found.ways.items()):
+            with noted(found.failed, way_name):
+                each.rounds.append(_round(each.schedule, clock))
+            if way_name in found.failed:
+                del found.ways[way_name]
     return found
+
+
+def _checked(problem: Problem, way: Way, want: Answer) -> Measured:
+    """A way whose result is right."""
+    schedule = (Ours if way.ours else Todays)(problem, way)
+    wrong = check(schedule.world(), want, problem.setup.dtype)
+    with schedule.alone(problem.setup.ranks // 2) as run:
+        return Measured(schedule, wrong, peak(run, problem.setup.device))
+
+
+def _round(schedule: Schedule, clock: Clock) -> list[Times]:
+    """Each rank once."""
+    times = []
+    for rank in range(schedule.problem.setup.ranks):
+        with schedule.alone(rank) as run:
+            times.append(timed(run, schedule.problem.kernel, clock))
+    return times
 
 
 # -- the table -------------------------------------------------------------------------------------------------------------------
 
 HEADER = (
-    *("mask", "schedule", "calls", "merges", "efficiency", "range", "rate", "glue", "TFLOP/s"),
+    *("mask", "schedule", "calls", "merges", "efficiency", "rate", "range", "glue", "TFLOP/s"),
     *("forward efficiency", "rate", "glue", "TFLOP/s", "MB"),
 )
+Row = tuple[object, ...]
 
 
-def table(repeats: int, setup: Setup | None = None) -> str:
-    """Measure everything of a setup and return the table; rows go to stderr as they come."""
-    setup = setup or SETUPS["cpu"]
-    threads = torch.get_num_threads()
+def tables(repeats: int, setup: Setup) -> Iterator[Table]:
+    """Measure a setup: the table after each mask, the last one whole; rows go to stderr as they come.
+
+    What fails has a row that says so. The full mask, which takes the longest, comes last, so that a time limit costs the least.
+    """
+    kernel, threads = title(choose(setup.kernel, setup.case)), torch.get_num_threads()
+    rows, products, worst, bad = dict[str, list[Row]](), list[float](), 0.0, False
     torch.set_num_threads(setup.threads)
-    rows, products, worst = list[tuple[object, ...]](), list[float](), 0.0
     try:
-        for name in setup.masks:
-            found = measure(setup, name, repeats)
-            products += found.product
-            worst = max(worst, *(way.difference for way in found.ways))
-            made = list(_rows(found, _speed(setup, found.product)))
-            del found  # and with it what ranks have received
-            rows += made
-            print(*(" | ".join(map(str, row)) for row in made), sep="\n", file=sys.stderr, flush=True)
+        for name in sorted(setup.masks, key=lambda name: name == "full"):
+            failed = dict[str, str]()
+            with noted(failed, DENSE):
+                found = measure(setup, name, repeats)
+                products += found.product
+                worst = max(worst, *(way.difference for way in found.ways.values()), 0.0)
+                rows[name] = list(_rows(found, _speed(setup, found.product)))
+                failed |= found.failed
+                del found  # and with it what ranks have received
+            if name not in rows:
+                rows[name] = [_failed(setup, name, DENSE, failed[DENSE])]
+            print(*(" | ".join(map(str, row)) for row in rows[name]), sep="\n", file=sys.stderr, flush=True)
+            bad = bad or bool(failed)
+            yield Table(_text(setup, kernel, rows, products, worst), bad)
     finally:
         torch.set_num_threads(threads)
-    side = f"{setup.product:,} x {setup.product:,}"
+
+
+def _text(setup: Setup, kernel: str, rows: Mapping[str, Sequence[Row]], products: Sequence[float], worst: float) -> str:
+    """The table of the masks that there are."""
+    side, cuda = f"{setup.product:,} x {setup.product:,}", setup.device == "cuda"
+    missing = [name for name in setup.masks if name not in rows]
     about = [
-        _what(setup),
+        f"{setup.ranks} ranks of {setup.tokens:,} tokens, each alone on one device; {setup.words(f'kernel {kernel}')}",
         "Forward + backward, then forward alone. Efficiency: dense / ranks / slowest rank. Rate: FLOP/s over those of the dense",
         "call, with its range over the rounds. Glue: time outside of kernel calls over time inside. TFLOP/s: of the slowest rank,",
         f"in brackets over the {_speed(setup, products):.3g} of a product of {side} matrices. Calls and merges: forward, of the",
         f"busiest rank. MB: what rank {setup.ranks // 2} allocates at most besides its inputs. Bold: this package; the others are",
         f"the algorithms of today. Relative root mean square difference of all results to the dense ones: {worst:.1g} at most.",
+        *(["Host: time to send a rank's work over the time that it takes, at most; from 100% on the GPU waits."] if cuda else []),
+        *([f"\nNot measured: {', '.join(missing)}."] if missing else []),
     ]
-    return "\n".join(["## Whole schedules on one device\n", *about, "", markdown(HEADER, rows)])
+    made = markdown(_header(setup), [row for name in setup.masks for row in rows.get(name, ())])
+    return "\n".join(["## Whole schedules on one device\n", *about, "", made])
 
 
 def _speed(setup: Setup, seconds: Sequence[float]) -> float:
-    """TFLOP/s of the matrix product."""
-    return 2 * setup.product**3 / median(seconds) / 1e12
+    """TFLOP/s of the matrix product; NaN where there was none."""
+    return 2 * setup.product**3 / median(seconds) / 1e12 if seconds else float("nan")
 
 
-def _what(setup: Setup) -> str:
-    """Sizes, kernel and clock in words."""
-    cuda, one = setup.device == "cuda", setup.threads == 1
-    clock = "CUDA events" if cuda else "one thread, CPU seconds" if one else f"{setup.threads} threads, wall time"
-    heads, heads_k, dim = setup.heads
-    kernel = choose(setup.kernel, Case(setup.device, getattr(torch, setup.dtype), dim, dim, heads, heads_k))
-    documents = len(packings.lengths(setup.total, 0))
-    return (
-        f"{setup.ranks} ranks of {setup.tokens:,} tokens, each alone on one device; Hq/Hk/D = {heads}/{heads_k}/{dim}, "
-        f"{setup.dtype}, kernel `{kernel.name}`, {clock};\nwindow {setup.window:,}; packed: {documents} documents.\n"
-    )
+def _header(setup: Setup) -> Sequence[str]:
+    return (*HEADER, "host") if setup.device == "cuda" else HEADER
 
 
-def _rows(found: Results, product: float) -> Iterator[tuple[object, ...]]:
-    flops = found.problem.flops
+def _failed(setup: Setup, mask: str, name: str, why: str) -> Row:
+    """The row of what failed."""
+    return (mask, f"{name}: {why}", *["-"] * (len(_header(setup)) - 2))
+
+
+def _rows(found: Results, product: float) -> Iterator[Row]:
+    """A row of the dense call and one a way."""
+    flops, setup, mask = found.problem.flops, found.problem.setup, found.problem.name
+    names = {each.name: f"**{each.name}**" if each.ours else each.name for each in WAYS[mask]}
+    if DENSE in found.failed:
+        for name, shown in {DENSE: DENSE, **names}.items():
+            yield _failed(setup, mask, shown, found.failed.get(name, "not timed"))
+        return
     both, forward = (median(getattr(x, f"{part}_kernels") for x in found.dense) for part in ("both", "forward"))
 
     def speed(operations: float, seconds: float) -> str:
         return f"{operations / seconds / 1e12:.3g} ({operations / seconds / 1e12 / product:.0%})"
 
-    dense = ("-", "-", "-", "-", speed(3.5 * flops, both), "-", "-", "-", speed(flops, forward), f"{found.dense_bytes / 1e6:,.0f}")
-    yield (found.problem.name, "dense call", found.problem.one.num_calls, 0, *dense)
-    for way in found.ways:
-        plans, ranks = way.schedule.plans, len(way.schedule.plans)
+    def last(held: int, host: float) -> list[str]:
+        return [f"{held / 1e6:,.0f}", *([f"{host:.0%}"] if setup.device == "cuda" else [])]
+
+    dense = ("-", "-", "-", "-", speed(3.5 * flops, both), "-", "-", "-", speed(flops, forward))
+    host = median(x.host / x.both for x in found.dense)
+    yield (mask, DENSE, found.problem.one.num_calls, 0, *dense, *last(found.dense_bytes, host))
+    for name, shown in names.items():
+        if name in found.failed:
+            yield _failed(setup, mask, shown, found.failed[name])
+            continue
+        way = found.ways[name]
+        plans, ranks = way.schedule.plans, setup.ranks
         figures: list[str] = []
         for part, one, operations in (("both", both, 3.5 * flops), ("forward", forward, flops)):
             times, kernels = way.of(part), way.of(f"{part}_kernels")
             rates = [
-                getattr(dense, f"{part}_kernels") / sum(getattr(x, part) for x in each)
-                for dense, each in zip(found.dense, way.rounds, strict=True)
+                getattr(dense, f"{part}_kernels") / sum(getattr(x, part) for x in one_round)
+                for dense, one_round in zip(found.dense, way.rounds, strict=True)
             ]
-            figures.append(f"{one / ranks / max(times):.1%}")
+            figures += [f"{one / ranks / max(times):.1%}", f"{median(rates):.1%}"]
             figures += [f"{min(rates):.1%} .. {max(rates):.1%}"] if part == "both" else []
-            figures += [f"{median(rates):.1%}", f"{sum(times) / sum(kernels) - 1:.1%}", speed(operations / ranks, max(times))]
-        name = f"**{way.schedule.way.name}**" if way.schedule.way.ours else way.schedule.way.name
+            figures += [f"{sum(times) / sum(kernels) - 1:.1%}", speed(operations / ranks, max(times))]
         calls, merges = max(p.num_calls for p in plans), max(p.num_merges for p in plans)
-        yield (found.problem.name, name, calls, merges, *figures, f"{way.bytes / 1e6:,.0f}")
+        host = max(sent / took for sent, took in zip(way.of("host"), way.of("both"), strict=True))
+        yield (mask, shown, calls, merges, *figures, *last(way.bytes, host))
 
 
 def draw(setup: Setup, path: str) -> None:
@@ -452,62 +387,7 @@ def draw(setup: Setup, path: str) -> None:
     schedule.world()
     with schedule.alone(setup.ranks // 2) as run:
         run.backward(run.forward())  # plans, and what is compiled once
-        bars = trace.record(lambda: run.backward(run.forward()))
+        bars = trace.record(lambda: run.backward(run.forward()), setup.device == "cuda")
     where = f"rank {setup.ranks // 2} of {setup.ranks}, {setup.tokens:,} tokens a rank"
     title = f"{problem.name}, {schedule.way.name}: {where}, forward and backward"
     Path(path).write_text(trace.picture(bars, title))
-
-
-# -- the command line ------------------------------------------------------------------------------------------------------------
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    group = parser.add_argument_group("schedule")
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what runs it (default: cpu)")
-    group.add_argument("--quick", action="store_true", help="small sizes, to see whether it runs")
-    group.add_argument("--kernel", help="a kernel's name (default: auto)")
-    group.add_argument("--ranks", type=int, help="ranks of the world (default: 8)")
-    group.add_argument("--tokens", type=int, help="tokens a rank (default: 8,192 on cuda, 2,048 on cpu)")
-    group.add_argument("--heads", type=_heads, metavar="Hq,Hk,D", help="heads (default: 32,8,128 on cuda, 2,1,64 on cpu)")
-    group.add_argument("--dtype", choices=tuple(TOLERANCE), help="(default: bfloat16 on cuda, float32 on cpu)")
-    group.add_argument("--window", type=int, help="keys before a query that it sees (default: 1,024)")
-    group.add_argument("--threads", type=int, help="threads on cpu (default: 1)")
-    group.add_argument("--masks", type=_masks, metavar="NAME,...", help=f"of {', '.join(MASKS)} (default: all)")
-    group.add_argument("--trace", metavar="FILE.svg", help="instead of measuring draw what runs when in one rank's schedule")
-
-
-def _heads(text: str) -> tuple[int, int, int]:
-    heads, heads_k, dim = map(int, text.split(","))
-    return heads, heads_k, dim
-
-
-def _masks(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    if unknown := set(names) - set(MASKS):
-        raise argparse.ArgumentTypeError(f"unknown mask {', '.join(sorted(unknown))}: choose from {', '.join(MASKS)}")
-    return names
-
-
-OPTIONS = ("kernel", "ranks", "tokens", "heads", "dtype", "window", "threads", "masks")
-"""Options that replace a field of a setup."""
-
-
-def setup_of(given: argparse.Namespace) -> Setup:
-    """The setup that a command line asks for."""
-    asked = {name: value for name in OPTIONS if (value := getattr(given, name)) is not None}
-    return replace(SETUPS["quick" if given.quick else given.device], device=given.device, **asked)
-
-
-def words_of(given: argparse.Namespace) -> str:
-    """The options of this benchmark as they were given."""
-    words = ["--device", given.device, *(["--quick"] if given.quick else [])]
-    for name in OPTIONS:
-        if (value := getattr(given, name)) is not None:
-            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return " ".join(words)
-
-
-def name_of(given: argparse.Namespace) -> str:
-    """What its result is called."""
-    return "-".join(("schedule", given.device, *(x for x in (given.kernel, given.dtype) if x)))

@@ -30,7 +30,7 @@ Backward = Generator[Exchange, Wait, tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Rank:
-    """One rank's plan, kernel and shards ``[B, L, H, D]``."""
+    """One rank's plan, kernel and shards ``[B, L, H, D]``; `order` is `order_of` its plan, on their device before any run."""
 
     plan: RankPlan
     kernel: Kernel
@@ -38,6 +38,7 @@ class Rank:
     q: Tensor
     k: Tensor
     v: Tensor
+    order: Tensor
 
 
 # -- around a ring ---------------------------------------------------------------------------------------------------------------
@@ -106,10 +107,10 @@ def gather_backward(rank: Rank, out: Tensor, lse: Tensor, d_out: Tensor) -> Back
     """dq, dk and dv: keys and values are gathered again; the gradients of all go to their ranks, which add them up."""
     keys, values = yield from _gather(rank)
     sums = [torch.zeros_like(x, dtype=torch.float32) for x in (rank.q, keys, values)]
-    _differentiate(rank, rank.plan.steps[-1], Grad(rank.q, out, d_out, lse, *sums), keys, values)
-    home, others = _order(rank), [n for n in range(rank.plan.world_size) if n != rank.plan.rank]
+    _differentiate(rank, rank.plan.steps[-1], Grad(rank.q, out, d_out, lse, dq=sums[0], dk=sums[1], dv=sums[2]), keys, values)
+    others = [n for n in range(rank.plan.world_size) if n != rank.plan.rank]
     # [B, P * L, ...] in the order of positions -> P shards
-    shards = [torch.empty_like(x).index_copy_(1, home, x).chunk(rank.plan.world_size, 1) for x in sums[1:]]
+    shards = [torch.empty_like(x).index_copy_(1, rank.order, x).chunk(rank.plan.world_size, 1) for x in sums[1:]]
     came = [[torch.empty_like(own[rank.plan.rank]) for _ in others] for own in shards]
     wait = yield Exchange(
         [(n, own[n]) for n in others for own in shards],
@@ -132,16 +133,14 @@ def _gather(rank: Rank) -> Generator[Exchange, Wait, tuple[Tensor, Tensor]]:
     for room, x in zip(rooms, (rank.k, rank.v), strict=True):
         room[plan.rank] = x
     wait()
-    order = _order(rank)
-    keys, values = (room.transpose(0, 1).flatten(1, 2).index_select(1, order) for room in rooms)
+    keys, values = (room.transpose(0, 1).flatten(1, 2).index_select(1, rank.order) for room in rooms)
     return keys, values
 
 
-def _order(rank: Rank) -> Tensor:
-    """For each row of the plan's memory its place among the ranks' shards end to end."""
-    size = rank.plan.k_rows
-    pieces = sorted(rank.plan.steps[-1].holds.tolist(), key=lambda piece: piece[3])
-    return torch.cat([torch.arange(origin * size + lo, origin * size + hi) for origin, lo, hi, _ in pieces]).to(rank.k.device)
+def order_of(plan: RankPlan) -> Tensor:
+    """For each row of the last step's memory its place among the ranks' shards end to end; on the host."""
+    size, pieces = plan.k_rows, sorted(plan.steps[-1].holds.tolist(), key=lambda piece: piece[3])
+    return torch.cat([torch.arange(origin * size + lo, origin * size + hi) for origin, lo, hi, _ in pieces])
 
 
 # -- what both do ----------------------------------------------------------------------------------------------------------------

@@ -33,11 +33,10 @@ class Bar(NamedTuple):
         return next(kind for kind, _, words in KINDS if any(word in self.name.lower() for word in words))
 
 
-def record(run: Callable[[], object]) -> list[Bar]:
+def record(run: Callable[[], object], cuda: bool) -> list[Bar]:
     """What runs: kernels and copies where a GPU is used, else the ops that no other op calls."""
     kinds = torch.profiler.ProfilerActivity
-    cuda = torch.cuda.is_available()
-    with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])]) as profiler:
+    with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])], acc_events=True) as profiler:
         run()
         if cuda:
             torch.cuda.synchronize()
