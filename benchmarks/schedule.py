@@ -59,6 +59,7 @@ WAYS: Mapping[str, Sequence[Way]] = MappingProxyType(
     {
         "causal": (
             Way("zigzag, auto", "zigzag", "auto"),
+            Way("zigzag, ring", "zigzag", "ring"),
             Way("zigzag, grouped_ring", "zigzag", "grouped_ring"),
             Way("zigzag, all_gather", "zigzag", "all_gather"),
             Way("ring, contiguous", "contiguous", RING, ours=False),
@@ -68,6 +69,7 @@ WAYS: Mapping[str, Sequence[Way]] = MappingProxyType(
         ),
         "full": (
             Way("contiguous, auto", "contiguous", "auto"),
+            Way("contiguous, ring", "contiguous", "ring"),
             Way("contiguous, grouped_ring", "contiguous", "grouped_ring"),
             Way("contiguous, all_gather", "contiguous", "all_gather"),
             Way("ring, contiguous", "contiguous", RING, ours=False),

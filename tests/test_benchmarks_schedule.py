@@ -172,7 +172,7 @@ def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ours, "world", lambda of: Answer(*(torch.ones_like(x) for x in problem("full")[1])))
     *_, (text, failed) = schedule.tables(1, replace(SETUP, masks=("full",)))
     said = [row[1] for row in cells(text, "full") if row[4] == "-"][1:]
-    assert failed and len(said) == 3 == sum(way.ours for way in WAYS["full"])
+    assert failed and len(said) == sum(way.ours for way in WAYS["full"]) > 2
     assert all(re.fullmatch(r"\*\*contiguous, \w+\*\*: AssertionError: the result differs by \S+ from .*", each) for each in said)
 
 
