@@ -18,6 +18,7 @@ from . import kernels
 from .device import on_device
 from .heads import Pack, Team, team_of, teams, to_heads, to_tokens
 from .kernels import Case, Grad, Kernel, Scores
+from .kernels.base import clear
 from .layout import Layout
 from .merge import merge_
 from .plan import ALL_TO_ALL, plan
@@ -250,7 +251,7 @@ def _attend(
         def run(step: Step, k: Tensor, v: Tensor, grads: Rows | None) -> None:
             here = replace(mine, k_at=k_at.get(step)) if k_at else mine
             for calls in step.calls if k.shape[2] else ():
-                part = _features(calls, job.recipe, q)
+                part = _features(calls.part, job.recipe, q)
                 result, its_lse = kernel.forward(q[:, :, heads, part], k[..., part], v, calls.spans, calls.window, here)
                 _store(calls, out[:, :, heads], lse[:, :, heads], result, its_lse.transpose(1, 2).unsqueeze(3))
 
@@ -267,10 +268,10 @@ def _attend(
     return out.to(q.dtype), lse.to(exact).squeeze(3).transpose(1, 2).contiguous()
 
 
-def _features(calls: Calls, recipe: Recipe, q: Tensor) -> slice:
-    """The features of q and k that make the scores of some calls."""
+def _features(part: int, recipe: Recipe, q: Tensor) -> slice:
+    """The features of q and k that make the scores of a part."""
     width = q.shape[3] // recipe.parts
-    return slice(calls.part * width, (calls.part + 1) * width)
+    return slice(part * width, (part + 1) * width)
 
 
 def _store(calls: Calls, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -333,7 +334,7 @@ def _differentiate_attend(
     """The walk that undoes `_attend`: dq, dk, dv, d_bias and d_sink in the dtype of partial results."""
     d_out, q, k, v, out, lse = saved
     exact = exact_dtype(q.dtype)
-    dq, homes, walks = torch.zeros_like(q, dtype=exact), [], []
+    homes, walks = [], []
     d_bias = torch.zeros_like(extras.bias, dtype=exact) if wants_bias and extras.bias is not None else None
     scores = job.scores(plan, extras, q.device)
     k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
@@ -345,25 +346,36 @@ def _differentiate_attend(
 
         def run(step: Step, k: Tensor, v: Tensor, grads: Rows | None) -> None:
             assert grads is not None
+            of_k, of_v = [np.zeros(k.shape[1], dtype=bool) for _ in range(parts)], np.zeros(k.shape[1], dtype=bool)
             here = replace(mine, k_at=k_at.get(step)) if k_at else mine
             read = (out[:, :, heads], d_out[:, :, heads], lse[:, heads])
             of_lse = None if d_lse is None else d_lse[:, heads]
             for calls in step.calls if k.shape[2] else ():
-                part = _features(calls, job.recipe, q)
+                part = _features(calls.part, job.recipe, q)
                 sums = (dq[:, :, heads, part], grads.k[..., part], grads.v)
-                grad = Grad(q[:, :, heads, part], *read, *sums, job.recipe.deterministic, bias, of_lse)
+                seen = (of_q[heads.start, calls.part], of_k[calls.part], of_v)
+                grad = Grad(q[:, :, heads, part], *read, *sums, job.recipe.deterministic, bias, of_lse, seen)
                 kernel.differentiate(grad, k[..., part], v, calls.spans, calls.window, here)
+            for n, each in enumerate(of_k):
+                clear(grads.k[..., _features(n, job.recipe, q)], each)
+            clear(grads.v, of_v)
 
         return run
 
     if k.shape[2]:
         kernel = _kernel(job.recipe, q, k, v, extras, d_lse)
-    for hq, hk in _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most):
+    once = k.shape[2] > 0 and kernel.stores and not plan.num_merges
+    dq, parts = torch.empty_like(q, dtype=q.dtype if once else exact), job.recipe.parts
+    split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
+    of_q = {(hq.start, n): np.zeros(q.shape[1], dtype=bool) for hq, _ in split for n in range(parts)}
+    for hq, hk in split:
         home = Rows.make(k.shape[1], k[:, :, hk], v[:, :, hk], exact)
-        home.data.zero_()
         homes.append(home)
         walks.append(walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), home, job.wire(k.dtype)))
     yield from staggered(walks)
+    for hq, _ in split:
+        for n in range(parts):
+            clear(dq[:, :, hq, _features(n, job.recipe, q)], of_q[hq.start, n])
     dk, dv = [home.k for home in homes], [home.v for home in homes]
     d_sink = None if extras.sink is None else _of_sink(extras.sink, d_lse, d_out, out, lse)
     return (dq, dk[0], dv[0], d_bias, d_sink) if len(homes) == 1 else (dq, torch.cat(dk, 2), torch.cat(dv, 2), d_bias, d_sink)

@@ -57,9 +57,9 @@ class Rows:
         """The buffer of a step in its memory."""
         return Rows(self.data[step.at : step.at + step.size], self.heads, self.dims)
 
-    def zeros(self, dtype: torch.dtype) -> Rows:
-        """As many rows of zeros."""
-        return Rows(torch.zeros_like(self.data, dtype=dtype), self.heads, self.dims)
+    def like(self, dtype: torch.dtype) -> Rows:
+        """As many uninitialised rows."""
+        return Rows(torch.empty_like(self.data, dtype=dtype), self.heads, self.dims)
 
 
 def take(data: Tensor, rows: np.ndarray) -> Tensor:
@@ -87,8 +87,8 @@ def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: Rows | None, 
 
     Args:
         k, v: the own shard, ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]``.
-        visit: called with a step, its keys and values, and where to add their gradients.
-        home: where the gradients of the own shard are added; None in the forward pass.
+        visit: called with a step, its keys and values, and uninitialised memory for their gradients, which it fills.
+        home: where the gradients of the own shard are added up, uninitialised; None in the forward pass.
         wire: dtype in which gradients travel; that of `home` where None.
     """
     arriving = yield from _fetch(plan, 1, None, k, v)
@@ -100,7 +100,7 @@ def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: Rows | None, 
         arriving = yield from _fetch(plan, t + 1, memory, k, v)
         if not step.ends:
             continue
-        grads = None if home is None else memory.zeros(home.data.dtype)
+        grads = None if home is None else memory.like(home.data.dtype)
         visit(step, memory.k, memory.v, grads)
         del memory
         if home is not None and grads is not None:

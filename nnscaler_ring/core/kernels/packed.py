@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..device import on_device
 from ..geometry import coalesce
-from .base import Grad, Kernel, Scores, Spans, Window
+from .base import Grad, Kernel, Scores, Seen, Spans, Window, add
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,6 +62,8 @@ class Read(NamedTuple):
 class Packed(Kernel):
     """A backend whose library takes rows end to end."""
 
+    stores = True
+
     @abstractmethod
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out as q with v's head dim, and lse: ``[H, T]``, or ``[B, H, rows]`` for a single span; -inf where nothing is seen."""
@@ -100,9 +102,10 @@ class Packed(Kernel):
             read = (packing.rows(d_out), packing.rows(q), packing.keys(k), packing.keys(v), packing.rows(out))
             d_lse = None if grad.d_lse is None else packing.columns(grad.d_lse)
             dq, dk, dv = self.gradients(call, Read(*read, packing.columns(grad.lse), d_lse))
-            packing.add(grad.dq, dq, group[:, :2])
-            packing.add(grad.dk, dk, group[:, 2:])
-            packing.add(grad.dv, dv, group[:, 2:])
+            seen_q, seen_k, seen_v = grad.seen or (None, None, None)
+            packing.add(grad.dq, dq, group[:, :2], seen_q)
+            packing.add(grad.dk, dk, group[:, 2:], seen_k)
+            packing.add(grad.dv, dv, group[:, 2:], seen_v)
 
 
 class Packing:
@@ -150,11 +153,11 @@ class Packing:
         parts = [x[:, lo:hi] for lo, hi in coalesce(at).tolist()]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
 
-    def add(self, total: Tensor, part: Tensor, at: Spans) -> None:
+    def add(self, total: Tensor, part: Tensor, at: Spans, seen: Seen | None = None) -> None:
         """Add a gradient of the spans' rows to the accumulator; spans may share keys."""
         part, start = self.apart(part, total.shape[0]), 0
         for lo, hi in coalesce(at).tolist():
-            total[:, lo:hi] += part[:, start : start + hi - lo, :, : total.shape[-1]]
+            add(total, lo, hi, part[:, start : start + hi - lo, :, : total.shape[-1]], seen)
             start += hi - lo
 
 
