@@ -224,7 +224,8 @@ class ContextParallel:
             given = f"a tensor {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
             raise ValueError(f"mask is {given}: give 'causal', 'full' or a Mask, which says in slices who sees whom")
         if unknown := [name for name in options if name not in KNOWN]:
-            raise TypeError(f"attention() takes no {', '.join(unknown)}: mask= says 'causal' or 'full'; besides there are {KNOWN}")
+            names = ("softmax_scale", "cu_seqlens", "seq_len", *KNOWN)
+            raise TypeError(f"attention() takes no {', '.join(unknown)}: mask= says 'causal' or 'full'; besides there are {names}")
         settled = Options(softmax_scale=softmax_scale, causal=mask == "causal", **options)
         if cu_seqlens is None and needs_documents(self._recipe.layout):
             raise ValueError(f"layout {self._recipe.layout!r} cuts each document: pass cu_seqlens")

@@ -10,6 +10,7 @@ Legend: `B` batch, `S` tokens of the sequence, `T` packed tokens, `Hq`/`Hk` quer
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -17,6 +18,7 @@ from numbers import Integral
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -95,6 +97,15 @@ class _Call:
     extras: Mapping[str, Any]
     first: tuple[int, int] = (0, 0)
 
+    def _warn_if_one_of_many(self) -> None:
+        """Tokens in an order of shards, of which this process is told to be the only one."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                f"{self.spec.name}: layout={self.settings.layout!r} without a process_group: these are taken to be whole, not "
+                f"one of {dist.get_world_size()} shards; pass process_group=torch.distributed.group.WORLD then",
+                stacklevel=7,
+            )
+
     def run(self, q: Tensor, k: Tensor, v: Tensor, process_group: Group, ring_size: int) -> tuple[Tensor, Tensor]:
         """out and lse, on DTensors or on this rank's shard."""
         on_mesh = any(isinstance(x, DTensor) for x in (q, k, v))
@@ -109,6 +120,8 @@ class _Call:
         if not on_mesh:
             if nnscaler.tracing():
                 return nnscaler.stand_in(self.spec, q, k, v)
+            if process_group is None and self.settings.layout != "contiguous" and not torch.compiler.is_compiling():
+                self._warn_if_one_of_many()
             name = nnscaler.pretended(ring_size) if process_group is None else group_name(process_group)
             return self._on_group((q, k, v), name, (self.settings.seq_len, self.settings.seq_len_k))
         given = {"process_group": process_group, "seq_len": self.settings.seq_len, "seq_len_k": self.settings.seq_len_k}

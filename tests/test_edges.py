@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -286,3 +287,28 @@ def test_one_rank_whose_layout_has_another_order() -> None:
     cp = nr.ContextParallel(layout=Layout(np.array([[0, 0, 4], [0, 1, 4]]), 8, 1, 2))
     x = torch.arange(8)
     assert cp.shard(x, 0).tolist() == [0, 2, 4, 6, 1, 3, 5, 7] and torch.equal(cp.unshard(cp.shard(x, 0), 0), x)
+
+
+def test_a_word_for_a_choice() -> None:
+    for name in ("causal", "deterministic"):
+        with pytest.raises(ValueError, match=f"{name}='False': give True or False"):
+            nr.ring_flash_attn_func(*qkv(), **{name: "False"})
+
+
+def in_the_order_of_shards(rank: int, world_size: int) -> list[str]:
+    """Warnings of ops that are given shards, with and without their group."""
+    q, k, v = qkv()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        nr.wrap_zigzag_attn_func(q, k, v, layout="zigzag", process_group=dist.group.WORLD)
+        nr.wrap_zigzag_attn_func(q, k, v)
+        assert not caught
+        nr.wrap_zigzag_attn_func(q, k, v, layout="zigzag")
+    return [f"{each.filename == __file__} {each.message}" for each in caught]
+
+
+def test_shards_without_a_group_are_told(ranks) -> None:
+    """Only their order tells that they are shards."""
+    for told_by_one in ranks(2).run(in_the_order_of_shards):
+        (warning,) = told_by_one
+        assert warning.startswith("True wrap_zigzag_attn_func: layout='zigzag' without a process_group"), warning

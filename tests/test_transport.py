@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ from nnscaler_ring.core import engine
 from nnscaler_ring.core.layouts import build
 from nnscaler_ring.core.recipe import Recipe
 from nnscaler_ring.core.relayout import _gather, _relayout
-from nnscaler_ring.core.transport import Exchange, LocalTransport, ProcessTransport, RingComm, Walk, transport_of
+from nnscaler_ring.core.transport import Exchange, LocalTransport, ProcessTransport, RingComm, Walk, _wait_at_exit, transport_of
 from tests import oracle
 
 
@@ -173,3 +174,18 @@ def test_moving_rows_says_where() -> None:
     source, target = build("contiguous", 8, 4), build("zigzag", 8, 4)
     for walk in (_relayout(source, target, 0, [torch.zeros(1, 2, 3)]), _gather(source, 1, 0, torch.zeros(1, 2, 3))):
         assert next(walk).device == torch.device("cpu")
+
+
+def leaves_a_moment(rank: int, world_size: int) -> int:
+    """How often something is registered for the end of the process."""
+    _wait_at_exit.cache_clear()
+    with mock.patch("atexit.register") as registered:
+        for _ in range(3):
+            ProcessTransport(dist.group.WORLD)  # type: ignore[arg-type]
+        registered.assert_called_with(time.sleep, 0.2)
+    return registered.call_count
+
+
+def test_threads_of_gloo_have_a_moment_at_the_end(ranks) -> None:
+    """What one of them drops last would abort the process while Python ends."""
+    assert ranks(2).run(leaves_a_moment) == [1, 1]

@@ -281,6 +281,9 @@ def check(
         raise ValueError("DTensors: call a wrap_* op, which reads their placements, or pass x.to_local() of each")
     check_qkv(q, k, v)
     check_names(recipe)
+    for name in ("causal", "deterministic"):
+        if isinstance(given := getattr(options, name), str):
+            raise ValueError(f"{name}={given!r}: give True or False")
     recipe = replace(
         recipe,
         causal=options.causal,

@@ -84,7 +84,8 @@ def _check_rows(job: Job, q: Tensor, k: Tensor) -> None:
     wanted = whole if job.local else (int(job.q_layout.counts[rank]), int(job.k_layout.counts[rank]))
     if (q.shape[1], k.shape[1]) != wanted:
         raise ValueError(
-            f"rank {rank} of {world} passed {q.shape[1]} query and {k.shape[1]} key tokens; layout {job.recipe.layout!r} of "
+            f"rank {rank} of {world} passed {q.shape[1]} query and {k.shape[1]} key tokens in q {tuple(q.shape)} and k "
+            f"{tuple(k.shape)}, which are [B, L, H, D]; layout {job.recipe.layout!r} of "
             f"{whole[0]} and {whole[1]} tokens gives it {wanted[0]} and {wanted[1]}: pass the shard that the layout gives, and the "
             "whole length where ranks hold different numbers"
         )

@@ -7,6 +7,8 @@ a world in lockstep inside one process, so that any world size is tested, and ti
 
 from __future__ import annotations
 
+import atexit
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -127,6 +129,16 @@ class OneRank(Transport):
             del exchange  # or what it sends would stay until the next one
 
 
+@lru_cache(maxsize=1)
+def _wait_at_exit() -> None:
+    """Before Python ends, leave the interpreter for a moment to the threads of groups on the CPU.
+
+    The thread that drops the tensors of a group's last message aborts the process where it needs the interpreter when that has
+    begun to end (pytorch#190489). It would have been joined if nothing referred to the group, but torch's caches do.
+    """
+    atexit.register(time.sleep, 0.2)
+
+
 _MET: WeakKeyDictionary[dist.ProcessGroup, set[str]] = WeakKeyDictionary()
 """The device types on which a group's ranks have met. Nothing here keeps a group alive after it is destroyed."""
 
@@ -145,6 +157,8 @@ class ProcessTransport(OneRank):
         self.world_size = group.size() * self.inner
         self._place = 0 if team is None else team.rank()
         self.ranks = (group.rank() * self.inner + self._place,)
+        if any(device.type == "cpu" for device in group._device_types):
+            _wait_at_exit()
 
     @cached_property
     def _peers(self) -> dict[int, tuple[int, dist.ProcessGroup]]:
