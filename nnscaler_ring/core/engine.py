@@ -6,13 +6,15 @@ DTensor see one node: `attention`, with `attention_backward`. What it runs is in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from .agree import asked, check_alike
 from .heads import deal, teams
 from .layouts import looks_at_documents
 from .passes import Extras, Job, backward, exact_dtype, forward, inner_of, job_of
@@ -62,6 +64,8 @@ def attention(
         tokens for heads, what the backward pass reads instead of q, k, v, out and lse.
     """
     job = job_of(Recipe.parse(recipe), (total_q, total_k), (cu_q, cu_k, slices), (q, k, v), scale, seed)
+    if asked():
+        check_alike(job.transport, _facts(job, (q, k, v), scale, seed, (cu_q, cu_k, slices, alibi, bias, sink)), q.device)
     _check_rows(job, q, k)
     qs, (ks, vs) = job.shards(q, job.q_layout), (job.shards(x, job.k_layout) for x in (k, v))
     by_rank = zip(job.plans, qs, ks, vs, _extras(job, alibi, bias, sink), strict=True)
@@ -77,11 +81,34 @@ def _extras(job: Job, alibi: Tensor | None, bias: Tensor | None, sink: Tensor | 
     return [Extras(alibi, each, sink) for each in biases]
 
 
+def _facts(job: Job, qkv: Sequence[Tensor], scale: float, seed: int, tables: Sequence[Tensor | None]) -> Mapping[str, object]:
+    """What ranks that share a sequence must say alike."""
+    q, k, v = qkv
+    return {
+        "layout, transport, mask or options": str(replace(job.recipe, group="")),
+        "seq_len": (job.q_layout.length, job.k_layout.length),
+        "cu_seqlens": [None if x is None else x.tolist() for x in tables[:2]],
+        "the slices of their Mask": None if tables[2] is None else tables[2].tolist(),
+        "which of alibi_slopes, bias and learnable_sink they pass": [x is not None for x in tables[3:]],
+        "batch, heads or head dims": [(x.shape[0], *x.shape[2:]) for x in (q, k, v)],
+        "dtype": q.dtype,
+        "softmax_scale": scale,
+        "dropout_seed": seed,
+        "whether their tokens are as many as the layout gives": (q.shape[1], k.shape[1]) == _wanted_rows(job),
+    }
+
+
+def _wanted_rows(job: Job) -> tuple[int, int]:
+    """Query and key tokens of this rank, or of the whole sequence where all ranks are in this process."""
+    rank, layouts = job.transport.ranks[0], (job.q_layout, job.k_layout)
+    num_q, num_k = (x.length if job.local else int(x.counts[rank]) for x in layouts)
+    return num_q, num_k
+
+
 def _check_rows(job: Job, q: Tensor, k: Tensor) -> None:
-    """ValueError unless q and k are this rank's shards, or the whole sequence where all ranks are in this process."""
+    """ValueError unless q and k are this rank's shards."""
     rank, world = job.transport.ranks[0], job.transport.world_size
-    whole = job.q_layout.length, job.k_layout.length
-    wanted = whole if job.local else (int(job.q_layout.counts[rank]), int(job.k_layout.counts[rank]))
+    whole, wanted = (job.q_layout.length, job.k_layout.length), _wanted_rows(job)
     if (q.shape[1], k.shape[1]) != wanted:
         raise ValueError(
             f"rank {rank} of {world} passed {q.shape[1]} query and {k.shape[1]} key tokens in q {tuple(q.shape)} and k "

@@ -152,7 +152,7 @@ class ProcessTransport(OneRank):
     """
 
     def __init__(self, group: dist.ProcessGroup, team: dist.ProcessGroup | None = None) -> None:
-        self._groups = (group,) if team is None else (group, team)
+        self.groups = (group,) if team is None else (group, team)
         self.inner = 1 if team is None else team.size()
         self.world_size = group.size() * self.inner
         self._place = 0 if team is None else team.rank()
@@ -163,7 +163,7 @@ class ProcessTransport(OneRank):
     @cached_property
     def _peers(self) -> dict[int, tuple[int, dist.ProcessGroup]]:
         """For each rank that this one meets its global rank and their group."""
-        group, *team = self._groups
+        group, *team = self.groups
         peers = {n * self.inner + self._place: (rank, group) for n, rank in enumerate(dist.get_process_group_ranks(group))}
         first = self.ranks[0] - self._place
         return peers | {first + n: (rank, of) for of in team for n, rank in enumerate(dist.get_process_group_ranks(of))}
@@ -189,7 +189,7 @@ class ProcessTransport(OneRank):
         device = exchange.device or next((tensor.device for _, tensor in (*exchange.send, *exchange.receive)), None)
         if device is None or device.type == "cpu":
             return
-        for group in self._groups:
+        for group in self.groups:
             if device.type not in (met := _MET.setdefault(group, set())):
                 met.add(device.type)
                 dist.all_reduce(torch.zeros(1, device=device), group=group)

@@ -1,0 +1,47 @@
+"""Whether ranks call alike, compared before anything else travels where ``NNSCALER_RING_CHECK=1`` asks for it.
+
+A rank cannot see alone that another passed another mask or dtype: rows would go astray, or wait for ever. This costs one small
+all-gather and a wait for it in each call, so it is for finding such a mistake, not for training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from .transport import ProcessTransport, Transport
+
+VARIABLE = "NNSCALER_RING_CHECK"
+
+
+def asked() -> bool:
+    """The environment variable is set, and not to 0."""
+    return os.environ.get(VARIABLE, "0") not in ("", "0")
+
+
+def check_alike(transport: Transport, facts: Mapping[str, object], device: torch.device) -> None:
+    """ValueError on every rank unless all say the same.
+
+    Args:
+        facts: what a rank says, by names for people; in one order on all ranks. Compared by their `repr`.
+        device: where messages of these ranks live.
+    """
+    if not isinstance(transport, ProcessTransport):
+        return
+    digests = [hashlib.sha256(repr(fact).encode()).digest()[:8] for fact in facts.values()]
+    own = torch.tensor([int.from_bytes(each, "little", signed=True) for each in digests], device=device)
+    for group in transport.groups:
+        said = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(said, own, group=group)
+        ranks = dist.get_process_group_ranks(group)
+        for name, answers in zip(facts, torch.stack(said, 1).tolist(), strict=True):
+            if len(set(answers)) > 1:
+                alike = [[rank for rank, x in zip(ranks, answers, strict=True) if x == each] for each in dict.fromkeys(answers)]
+                parts = " and ".join(f"rank{'s' * (len(each) > 1)} {', '.join(map(str, each))}" for each in alike)
+                shown = repr(facts[name])
+                here = shown if len(shown) <= 200 else f"{shown[:200]}..."
+                raise ValueError(f"{parts} differ in {name}; on rank {dist.get_rank()} it is {here}: say the same on every rank")

@@ -1,0 +1,78 @@
+"""``NNSCALER_RING_CHECK=1``: ranks that do not call alike are told so, all of them, before rows travel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from nnscaler_ring import ContextParallel, Mask, Slice
+from nnscaler_ring.core.agree import VARIABLE, asked
+
+DIFFERENT: dict[str, Callable[[int], dict[str, Any]]] = {
+    "layout, transport, mask or options": lambda rank: {"mask": ("causal", "full")[rank]},
+    "seq_len": lambda rank: {"rows": 8 - rank, "seq_len": 16 - 2 * rank},
+    "cu_seqlens": lambda rank: {"cu_seqlens": torch.tensor([0, 5 + rank, 16], dtype=torch.int32)},
+    "the slices of their Mask": lambda rank: {"mask": Mask([Slice(0, 16, 0, 16 - rank)], 16, 16)},
+    "which of alibi_slopes, bias and learnable_sink they pass": lambda rank: {"learnable_sink": torch.zeros(4) if rank else None},
+    "batch, heads or head dims": lambda rank: {"heads": 2 * (rank + 1)},
+    "dtype": lambda rank: {"dtype": (torch.float32, torch.float64)[rank]},
+    "softmax_scale": lambda rank: {"softmax_scale": 1.0 + rank},
+    "dropout_seed": lambda rank: {"dropout_p": 0.5, "dropout_seed": rank},
+    "whether their tokens are as many as the layout gives": lambda rank: {"rows": 8 - rank, "seq_len": 16},
+}
+
+
+def qkv(rows: int = 8, heads: int = 4, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.ones(1, rows, n, 8, dtype=dtype) for n in (heads, 2, 2)]
+
+
+def say(rank: int, world_size: int) -> dict[str, str]:
+    """What each rank is told of every difference; nothing where they call alike."""
+    cp, said = ContextParallel(), dict[str, str]()
+    for name, of in {"nothing": lambda _: {}, **DIFFERENT}.items():
+        given = of(rank)
+        shards = qkv(**{key: given.pop(key) for key in ("rows", "heads", "dtype") if key in given})
+        sent = mock.patch.object(dist, "batch_isend_irecv", side_effect=dist.batch_isend_irecv)
+        with mock.patch.dict("os.environ", {VARIABLE: "1"}), sent as messages:
+            try:
+                cp.attention(*shards, **given)
+            except ValueError as why:
+                assert not messages.called
+                said[name] = str(why)
+    return said
+
+
+def test_every_difference_is_told_on_every_rank(ranks: Any) -> None:
+    for said in ranks(2).run(say):
+        assert said.keys() == DIFFERENT.keys()
+        for name, message in said.items():
+            assert f"rank 0 and rank 1 differ in {name}; on rank " in message, message
+
+
+def on_a_grid(rank: int, world_size: int) -> str:
+    cp = ContextParallel(init_device_mesh("cpu", (2, 2)))
+    with mock.patch.dict("os.environ", {VARIABLE: "1"}):
+        out = cp.attention(*qkv())
+        assert isinstance(out, Tensor) and out.shape == (1, 8, 4, 8)
+        with pytest.raises(ValueError, match="differ in softmax_scale") as told:
+            cp.attention(*qkv(), softmax_scale=1.0 + rank // 2)
+    return str(told.value)
+
+
+def test_ranks_of_a_grid(ranks: Any) -> None:
+    assert [said[:18] for said in ranks(4).run(on_a_grid)] == ["rank 0 and rank 2 ", "rank 1 and rank 3 "] * 2
+
+
+def test_it_is_off_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, on in {None: False, "": False, "0": False, "1": True}.items():
+        monkeypatch.delenv(VARIABLE, raising=False)
+        if value is not None:
+            monkeypatch.setenv(VARIABLE, value)
+        assert asked() is on
