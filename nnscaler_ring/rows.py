@@ -31,7 +31,7 @@ class Row:
         mask: who sees whom.
         held: which rank holds which tokens.
         layout, asked, network, speed: names; `asked` is the transport, or ``auto``.
-        transport: what ``auto`` came to.
+        transport: what ``auto`` came to, forward.
         shape: the layer.
         made: the report; its transport is that between teams.
     """
@@ -49,12 +49,13 @@ class Row:
     @property
     def key(self) -> tuple[object, ...]:
         """All but the network and what follows from it."""
-        return (self.made.world_size, self.made.inner, self.layout, self.asked, self.transport)
+        return (self.made.world_size, self.made.inner, self.layout, self.asked, self.way)
 
     @property
     def way(self) -> str:
         """The transport in words."""
-        return f"auto: {self.transport}" if self.asked == "auto" else self.transport
+        back = "" if self.made.transport == self.made.transport_backward else f" / {self.made.transport_backward}"
+        return f"auto: {self.transport}{back}" if self.asked == "auto" else self.transport
 
     @property
     def title(self) -> str:
@@ -72,9 +73,10 @@ class Row:
         """Visible pairs of each team."""
         return rank_pairs(self.mask, self.teams)
 
-    def team_plan(self, team: int) -> RankPlan:
+    def team_plan(self, team: int, backward: bool = False) -> RankPlan:
         """What each rank of a team does, with its heads."""
-        return plan(self.mask, self.teams, self.teams, self.made.transport, team)
+        transport = self.made.transport_backward if backward else self.made.transport
+        return plan(self.mask, self.teams, self.teams, transport, team)
 
     def plan(self, rank: int) -> RankPlan:
         """What a rank does between the exchanges for heads."""
@@ -109,9 +111,10 @@ class Row:
         shares = deal(self.shape.heads, self.shape.heads_k, self.made.inner)
         most = {"heads": max(s.q[1] - s.q[0] for s in shares), "heads_k": max(len(s.repeats) for s in shares)}
         machine = (replace(self.shape, **most), SPEEDS[self.speed], NETWORKS[self.network])
-        walk, around = self.team_plan(rank // self.made.inner), head_bytes(self.shape, shares, self.held)
+        walk, back = (self.team_plan(rank // self.made.inner, backward) for backward in (False, True))
+        around = head_bytes(self.shape, shares, self.held)
         first, last = ((int(before.max()), int(after.max())) for before, after in zip(*around, strict=True))
-        return timeline(walk, *machine, False, first), timeline(walk, *machine, True, last)
+        return timeline(walk, *machine, False, first), timeline(back, *machine, True, last)
 
     def column(self, rank: int | None = None) -> Column:
         """What a picture shows of it; the timeline of a rank, of the slowest where None."""
@@ -131,7 +134,7 @@ def measure(mask: Mask, held: Layout, shape: Shape, *, layout: str, transport: s
     """A configuration's row; ``auto`` picks as `ContextParallel` does."""
     machine, asked = (SPEEDS[speed], NETWORKS[network]), transport
     if asked == "auto" and inner == 1 and held.world_size > 1:
-        transport = best_transport(mask, held, shape, *machine)
+        transport = ALL_TO_ALL if best_transport(mask, held, shape, *machine) == ALL_TO_ALL else "auto"
     made = report(mask, held, transport, shape, *machine, inner=inner)
     return Row(mask, held, layout, asked, made.transport if transport == "auto" else transport, network, speed, shape, made)
 

@@ -138,8 +138,24 @@ def test_auto_is_what_context_parallel_takes(run):
         for row in run(f"plan --seq-len 64k {words} --heads 28 --heads-k 4 --json")["rows"]:
             machine = SPEEDS["fa2-h100"], NETWORKS[row["network"]]
             held = layouts.build("zigzag", 1 << 16, 8)
-            assert row["transport"] == scaling.best_transport(of, held, Shape(heads=28, heads_k=4), *machine)
+            shape = Shape(heads=28, heads_k=4)
+            passes = [scaling.row_transport(of, (held, held), shape, machine, backward) for backward in (False, True)]
+            if scaling.best_transport(of, held, shape, *machine) == ALL_TO_ALL:
+                assert row["transport"] == ALL_TO_ALL
+            else:
+                assert [row["transport"], row["transport_backward"]] == passes
     assert run("plan --seq-len 64k --world-size 1 --json")["rows"][0]["sent"] == 0
+
+
+def test_auto_of_two_passes(run):
+    """On a fast network the forward pass of a short ring is grouped; the pass of each is what is modelled and shown."""
+    words = "plan --seq-len 16k --network nvlink --speed fa4-h200 --heads 28 --heads-k 4"
+    (row,) = run(f"{words} --json")["rows"]
+    assert (row["transport"], row["transport_backward"]) == ("grouped_ring", "ring")
+    assert "auto: grouped_ring / ring" in run(words)
+    parts = {name: run(f"{words} --transport {name} --json")["rows"][0] for name in ("grouped_ring", "ring")}
+    assert (row["forward"], row["backward"]) == (parts["grouped_ring"]["forward"], parts["ring"]["backward"])
+    run(f"{words} --inner 2 --rank 3 --tiles")
 
 
 def test_all(run):

@@ -208,7 +208,7 @@ class Report:
     """A configuration in figures. Bytes are of the forward pass over all ranks unless said otherwise; seconds are modelled.
 
     Attributes:
-        transport: of the forward pass, and that of the backward pass where it is another.
+        transport, transport_backward: of the two passes, which ``auto`` chooses each by itself.
         balance: most pairs of a rank over the mean.
         tile_balance: the same in the tiles that a kernel computes; None where not all ranks are planned.
         inner: ranks of a team that share heads.
@@ -224,6 +224,7 @@ class Report:
 
     world_size: int
     transport: str
+    transport_backward: str
     inner: int
     balance: float
     tile_balance: float | None
@@ -287,7 +288,8 @@ def report(
     alone = pairs.sum() / world * (shape.flops() / speed.forward + shape.flops(True) / speed.backward)
     return Report(
         world_size=world,
-        transport=" / ".join(dict.fromkeys(ways)),
+        transport=ways[0],
+        transport_backward=ways[1],
         inner=inner,
         balance=float(pairs.max() / max(pairs.mean(), 1e-9)) * spread,
         tile_balance=max(worked) * len(worked) / max(sum(worked), 1) * spread if len(plans) == outer.world_size else None,
