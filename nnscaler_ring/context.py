@@ -48,7 +48,7 @@ def _warn_if_alone() -> None:
     if dist.is_available() and dist.is_initialized():
         return
     try:
-        launch = detect(os.environ)
+        launch = detect({"LOCAL_RANK": "0", **os.environ})  # which does not matter here
     except ValueError:  # what says so may have been left by something else
         return
     if launch.world_size > 1:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from nnscaler_ring import ContextParallel, Mask, Slice
+from nnscaler_ring import ContextParallel, Mask, Slice, wrap_zigzag_attn_func
 from nnscaler_ring.core.agree import VARIABLE, asked
 
 DIFFERENT: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -24,7 +24,7 @@ DIFFERENT: dict[str, Callable[[int], dict[str, Any]]] = {
     "batch, heads or head dims": lambda rank: {"heads": 2 * (rank + 1)},
     "dtype": lambda rank: {"dtype": (torch.float32, torch.float64)[rank]},
     "softmax_scale": lambda rank: {"softmax_scale": 1.0 + rank},
-    "dropout_seed": lambda rank: {"dropout_p": 0.5, "dropout_seed": rank},
+    "dropout_seed, which torch's CPU generator draws where it is not given": lambda rank: {"dropout_p": 0.5, "dropout_seed": rank},
     "whether their tokens are as many as the layout gives": lambda rank: {"rows": 8 - rank, "seq_len": 16},
 }
 
@@ -62,12 +62,33 @@ def on_a_grid(rank: int, world_size: int) -> str:
         out = cp.attention(*qkv())
         assert isinstance(out, Tensor) and out.shape == (1, 8, 4, 8)
         with pytest.raises(ValueError, match="differ in softmax_scale") as told:
-            cp.attention(*qkv(), softmax_scale=1.0 + rank // 2)
+            cp.attention(*qkv(), softmax_scale=1.0 + (rank == 3))
     return str(told.value)
 
 
 def test_ranks_of_a_grid(ranks: Any) -> None:
-    assert [said[:18] for said in ranks(4).run(on_a_grid)] == ["rank 0 and rank 2 ", "rank 1 and rank 3 "] * 2
+    """Also of those that share no group with the one that differs."""
+    assert {said.partition(";")[0] for said in ranks(4).run(on_a_grid)} == {"ranks 0, 1, 2 and rank 3 differ in softmax_scale"}
+
+
+def moving_rows(rank: int, world_size: int) -> list[str]:
+    """Of an op that moves rows first, and of `unshard`."""
+    said, group = list[str](), dist.group.WORLD
+    sent = mock.patch.object(dist, "batch_isend_irecv", side_effect=dist.batch_isend_irecv)
+    with mock.patch.dict("os.environ", {VARIABLE: "1"}), sent as messages:
+        for call in (
+            lambda: wrap_zigzag_attn_func(*qkv(heads=2 * (rank + 1)), process_group=group),
+            lambda: ContextParallel().unshard(torch.ones(1, 8, 2 + rank), 1),
+        ):
+            with pytest.raises(ValueError, match="differ in batch, heads, head dims or dtype") as told:
+                call()
+            said.append(str(told.value))
+        assert not messages.called
+    return said
+
+
+def test_before_rows_are_moved(ranks: Any) -> None:
+    assert [len(said) for said in ranks(2).run(moving_rows)] == [2, 2]
 
 
 def test_it_is_off_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -361,6 +361,9 @@ def test_one_of_many_without_a_group_is_told(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.warns(UserWarning, match="one of 4 .* no process group") as told:
         assert ContextParallel().world_size == 1
     assert told[0].filename == __file__
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.warns(UserWarning, match="one of 4"):
+        ContextParallel()
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     with warnings.catch_warnings():

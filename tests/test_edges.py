@@ -20,7 +20,7 @@ from nnscaler_ring.core import engine
 from nnscaler_ring.core.device import on_device
 from nnscaler_ring.core.kernels import Case, choose
 from nnscaler_ring.core.kernels.aten import AtenCpu
-from nnscaler_ring.core.kernels.packed import Packing
+from nnscaler_ring.core.kernels.packed import Packing, bounds
 from nnscaler_ring.core.layout import Layout
 from nnscaler_ring.core.layouts import build
 from nnscaler_ring.core.merge import update_out_and_lse
@@ -272,6 +272,12 @@ def test_a_default_device_does_not_draw_the_seed() -> None:
     with torch.device("meta"):
         got = nr.wrap_ring_attn_func(*given, dropout_p=0.5)
     assert torch.equal(got, want)
+
+
+def test_a_default_device_makes_no_boundaries() -> None:
+    with torch.device("meta"):
+        found = bounds((3, 4), torch.zeros(1, device="cpu"))
+    assert found.device.type == "cpu" and found.dtype == torch.int32 and found.tolist() == [0, 3, 7]
 
 
 def test_numbers_of_numpy() -> None:

@@ -371,6 +371,10 @@ def test_models_that_would_be_wrong_are_refused() -> None:
         Attention(ContextParallel()).apply(
             transformers.GPT2DoubleHeadsModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2))
         )
+    for wrong in (transformers.LlamaForQuestionAnswering, transformers.LlamaForTokenClassification):
+        for model in (made := wrong(transformers.LlamaConfig(**SMALL)), torch.compile(made)):
+            with pytest.raises(NotImplementedError, match="its loss may look at other tokens"):
+                Attention(ContextParallel()).apply(model)
     Attention(ContextParallel()).apply(transformers.LlamaModel(transformers.LlamaConfig(**SMALL)))
     settings: list[tuple[str, dict[str, Any]]] = [
         ("conv", {"layer_types": ["conv", "full_attention"]}),

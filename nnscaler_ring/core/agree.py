@@ -33,15 +33,17 @@ def check_alike(transport: Transport, facts: Mapping[str, object], device: torch
     if not isinstance(transport, ProcessTransport):
         return
     digests = [hashlib.sha256(repr(fact).encode()).digest()[:8] for fact in facts.values()]
-    own = torch.tensor([int.from_bytes(each, "little", signed=True) for each in digests], device=device)
-    for group in transport.groups:
-        said = [torch.empty_like(own) for _ in range(group.size())]
-        dist.all_gather(said, own, group=group)
-        ranks = dist.get_process_group_ranks(group)
-        for name, answers in zip(facts, torch.stack(said, 1).tolist(), strict=True):
-            if len(set(answers)) > 1:
-                alike = [[rank for rank, x in zip(ranks, answers, strict=True) if x == each] for each in dict.fromkeys(answers)]
-                parts = " and ".join(f"rank{'s' * (len(each) > 1)} {', '.join(map(str, each))}" for each in alike)
-                shown = repr(facts[name])
-                here = shown if len(shown) <= 200 else f"{shown[:200]}..."
-                raise ValueError(f"{parts} differ in {name}; on rank {dist.get_rank()} it is {here}: say the same on every rank")
+    own = [dist.get_rank(), *(int.from_bytes(each, "little", signed=True) for each in digests)]
+    said = torch.tensor([own], device=device)
+    for group in transport.groups:  # of a grid first the ranks of one place, then with all that they have heard those of a team
+        heard = [torch.empty_like(said) for _ in range(group.size())]
+        dist.all_gather(heard, said, group=group)
+        said = torch.cat(heard)
+    ranks, *columns = said.T.tolist()
+    for name, answers in zip(facts, columns, strict=True):
+        if len(set(answers)) > 1:
+            alike = [sorted(r for r, x in zip(ranks, answers, strict=True) if x == each) for each in dict.fromkeys(answers)]
+            parts = " and ".join(f"rank{'s' * (len(each) > 1)} {', '.join(map(str, each))}" for each in sorted(alike))
+            shown = repr(facts[name])
+            here = shown if len(shown) <= 200 else f"{shown[:200]}..."
+            raise ValueError(f"{parts} differ in {name}; on rank {own[0]} it is {here}: say the same on every rank")

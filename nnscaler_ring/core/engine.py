@@ -93,7 +93,7 @@ def _facts(job: Job, qkv: Sequence[Tensor], scale: float, seed: int, tables: Seq
         "batch, heads or head dims": [(x.shape[0], *x.shape[2:]) for x in (q, k, v)],
         "dtype": q.dtype,
         "softmax_scale": scale,
-        "dropout_seed": seed,
+        "dropout_seed, which torch's CPU generator draws where it is not given": seed,
         "whether their tokens are as many as the layout gives": (q.shape[1], k.shape[1]) == _wanted_rows(job),
     }
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from .agree import asked, check_alike
 from .device import on_device
 from .layout import Layout
 from .recipe import content, layout_of
@@ -81,6 +82,11 @@ def relayout(
     cu = content(cu_seqlens)
     before, after = (layout_of(name, total, transport.world_size, cu) for name in (source, target))
     (rank,) = transport.ranks
+    if asked():
+        shapes = [(x.shape[0], *x.shape[2:], x.dtype) for x in tensors]
+        fits = all(x.shape[1] == before.counts[rank] for x in tensors)
+        facts = {"batch, heads, head dims or dtype": shapes, "layout": (source, target), "seq_len": total, "cu_seqlens": cu}
+        check_alike(transport, facts | {"whether their tokens are as many as the layout gives": fits}, tensors[0].device)
     for x in tensors:
         if x.shape[1] != before.counts[rank]:
             raise ValueError(
@@ -151,6 +157,11 @@ def gather(x: Tensor, cu_seqlens: Tensor | None, total: int, layout: str, group:
     transport = transport_of(group)
     held = layout_of(layout, total, transport.world_size, content(cu_seqlens))
     (rank,) = transport.ranks
+    if asked():
+        facts = {"batch, heads, head dims or dtype": (x.shape[0], *x.shape[2:], x.dtype), "layout": layout, "seq_len": total}
+        facts |= {"cu_seqlens": content(cu_seqlens)}
+        fits = x.shape[1] == held.counts[rank]
+        check_alike(transport, facts | {"whether their tokens are as many as the layout gives": fits}, x.device)
     if x.shape[1] != held.counts[rank]:
         raise ValueError(f"rank {rank} passed {x.shape[1]} tokens; layout {layout!r} of {total} gives it {held.counts[rank]}")
     (whole,) = transport.run([_gather(held, transport.inner, rank, x)])

@@ -69,6 +69,9 @@ SPEEDS: Mapping[str, Speed] = MappingProxyType(
 NEAR = 8
 """Ranks that are taken to be on one node."""
 
+FEW = 16
+"""Slices of a mask for which `row_transport` compares plans."""
+
 
 def machine_of(device: str, world_size: int) -> tuple[Speed, Network]:
     """What ranks on a kind of device are taken to be where nobody says: one node of GPUs up to `NEAR` ranks, 400 Gb/s beyond."""
@@ -330,7 +333,8 @@ def row_transport(mask: Mask, held: tuple[Layout, Layout], shape: Shape, machine
     """What ``auto`` is in one pass: as `plan.choose` says, but a ring whose groups grow where merges take longer than waits would.
 
     That is so forward alone: in the backward pass the gradients of the last group would leave with nothing to hide behind. The
-    first and the last rank are looked at, and worlds of up to `NEAR` ranks: beyond them networks are too slow.
+    last rank is looked at, which under a causal mask merges most, in worlds of up to `NEAR` ranks, beyond which networks are too
+    slow, and for masks of `FEW` slices or less, which are quickly planned.
 
     Args:
         held: which rank holds which queries, and which keys.
@@ -343,12 +347,9 @@ def row_transport(mask: Mask, held: tuple[Layout, Layout], shape: Shape, machine
     """
     name = choose(mask, *held)
     world = held[0].world_size
-    if name != "ring" or backward or world > NEAR:
+    if name != "ring" or backward or world > NEAR or len(mask.table) > FEW:
         return name
-    seconds = {
-        way: max(timeline(plan(mask, *held, way, rank), shape, *machine).total for rank in (0, world - 1))
-        for way in (name, "grouped_ring")
-    }
+    seconds = {way: timeline(plan(mask, *held, way, world - 1), shape, *machine).total for way in (name, "grouped_ring")}
     return min(seconds, key=lambda way: seconds[way])
 
 

@@ -7,7 +7,6 @@ are named here after they were compared with one device; the rest is for who kno
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +27,7 @@ FAMILIES = frozenset(
 """``config.model_type`` of the families that were compared, logits and gradients, on 2 ranks (transformers 5.23)."""
 
 HEADS = ("ForCausalLM", "LMHeadModel")
-"""How classes end whose loss is that of the next token."""
+"""How classes end whose loss is that of the next token; a model without a head has none."""
 
 SCORED = ("position_bias", "indices", "block_indices", "sinks", "head_mask")
 """What some layers pass that changes scores, and that has no meaning here."""
@@ -40,10 +39,11 @@ def check_model(model: Any, any_model: bool) -> None:
     """NotImplementedError for a model that does not ask for attention by name, or that nobody has compared."""
     import transformers
 
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
     name = type(model).__name__
     if not any_model:
         check_family(model.config)
-        if not name.endswith(HEADS) and "labels" in inspect.signature(model.forward).parameters:
+        if not name.endswith(HEADS) and getattr(model, "base_model", None) is not model:
             raise NotImplementedError(f"{name}: its loss may look at other tokens than the next; {_OPEN}")
     for part in model.modules():
         if isinstance(part, transformers.PreTrainedModel):

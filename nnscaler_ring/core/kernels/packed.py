@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -163,8 +164,7 @@ class Packing:
 
 def bounds(counts: Sequence[int], like: Tensor) -> Tensor:
     """int32 boundaries of rows end to end, on the device of `like` without a sync."""
-    at = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return on_device(at, like.device)
+    return on_device(np.cumsum([0, *counts], dtype=np.int32), like.device)
 
 
 def pad(*tensors: Tensor, width: int | None = None) -> list[Tensor]:
