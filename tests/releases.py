@@ -12,8 +12,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from nnscaler_ring.core.kernels import Grad, Kernel, Scores
 from nnscaler_ring.core.kernels.flash_attn import FlashAttn2
@@ -436,5 +435,5 @@ def functions_of(release: Release) -> dict[str, Any]:
         made[name] = space[name]
         if release.op:
             mutated = ("dq", "dk", "dv") if "backward" in name else ()
-            made[name] = custom_op(f"stand_in_{release.op}::{name}", mutates_args=mutated, device_types="cpu")(space[name])
+            made[name] = library.custom_op(f"stand_in_{release.op}::{name}", mutates_args=mutated, device_types="cpu")(space[name])
     return made

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 
 from nnscaler_ring.core import engine
 from nnscaler_ring.core.mask import build
@@ -202,10 +201,10 @@ def test_opcheck(dtype: torch.dtype) -> None:
     ways.append(((None, None, None), recipe(transport="all_to_all")))
     for tables, how in ways:
         given_tables, rest = [*tables, None, None, None], (SCALE, 0, str(how))
-        opcheck(engine.attention, (*leaves(given), *given_tables, 21, 21, *rest), test_utils=utils)
+        library.opcheck(engine.attention, (*leaves(given), *given_tables, 21, 21, *rest), test_utils=utils)
         out, lse, kept = engine.attention(*given[:3], *given_tables, 21, 21, *rest)
         saved = ([given.d_out, *given[:3], out, lse, *kept], None, given_tables, [21, 21], *rest, False)
-        opcheck(engine.attention_backward, saved, test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(engine.attention_backward, saved, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_shard_of_the_wrong_size_is_refused() -> None:

@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from .agree import asked, check_alike
 from .heads import deal, teams
@@ -22,7 +21,7 @@ from .recipe import Recipe, content, layout_of
 from .transport import LocalTransport, Transport, transport_of
 
 
-@custom_op(
+@library.custom_op(
     "nnscaler_ring::attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? cu_q, Tensor? cu_k, Tensor? slices, Tensor? alibi, Tensor? bias, Tensor? sink, "
@@ -153,7 +152,7 @@ def _held(recipe: Recipe, transport: Transport, inner: int, rank: int, total: in
     return int(teams(layout_of(recipe.layout, int(total), transport.world_size, cu), inner).counts[rank // inner])
 
 
-@custom_op(
+@library.custom_op(
     "nnscaler_ring::attention_backward",
     mutates_args=(),
     schema="(Tensor[] saved, Tensor? d_lse, Tensor?[] tables, SymInt[] total, float scale, int seed, str recipe, "

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from .agree import asked, check_alike
 from .device import on_device
@@ -59,7 +58,7 @@ def _indices(rows: Sequence[np.ndarray], device: torch.device) -> Sequence[Tenso
     return on_device(np.concatenate(rows), device).split([len(each) for each in rows])
 
 
-@custom_op(
+@library.custom_op(
     "nnscaler_ring::relayout",
     mutates_args=(),
     schema="(Tensor[] tensors, Tensor? cu_seqlens, int total, str source, str target, str group) -> Tensor[]",
@@ -147,7 +146,7 @@ def _gather(layout: Layout, inner: int, rank: int, x: Tensor) -> Walk:
 _GATHER = "(Tensor x, Tensor? cu_seqlens, int total, str layout, str group) -> Tensor"
 
 
-@custom_op("nnscaler_ring::gather", mutates_args=(), schema=_GATHER)
+@library.custom_op("nnscaler_ring::gather", mutates_args=(), schema=_GATHER)
 def gather(x: Tensor, cu_seqlens: Tensor | None, total: int, layout: str, group: str) -> Tensor:
     """The whole ``[B, total, ...]`` in natural order on every rank, from each rank's rows ``[B, L, ...]``.
 

@@ -51,17 +51,15 @@ def _add(at, part, rows, columns):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scores(products, scale, softcap, slope, distance, bias, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scores(products, scale, softcap, added, SOFTCAP: tl.constexpr, ADDED: tl.constexpr):  # type: ignore[no-untyped-def]
     """The scores times ``log2(e)``, and their derivative by the scaled products where there is a soft cap."""
     if SOFTCAP:
         bent = 1.0 - 2.0 / (1.0 + tl.exp2(products * (2.0 * LOG2E * scale / softcap)))  # tanh
         s, bend = bent * softcap, 1.0 - bent * bent
     else:
         s, bend = products * scale, 1.0
-    if ALIBI:
-        s -= slope * tl.abs(distance).to(tl.float32)
-    if BIAS:
-        s += bias
+    if ADDED:
+        s += added
     return s * LOG2E, bend
 
 
@@ -125,19 +123,19 @@ def forward(  # type: ignore[no-untyped-def]
             j = start + n
             key = _load(k_from + start.to(tl.int64) * k_l, j < reach_end, d < D, masked, D != BLOCK_D)
             s = _dot(query, tl.trans(key), PRECISION)
-            distance, added = 0, 0.0
+            added = 0.0
             if ALIBI or BIAS or DROPOUT:
                 at_j = tl.load(k_at + j, mask=j < reach_end, other=0).to(tl.int32)
                 if ALIBI:
-                    distance = at_j[None, :] - far
+                    added -= slope * tl.abs(at_j[None, :] - far).to(tl.float32)
                 if BIAS:
                     bias_at = bias + h * bias_h + i.to(tl.int64)[:, None] * bias_l + at_j[None, :] * bias_t
-                    added = tl.load(bias_at, mask=there[:, None] & (j < reach_end)[None, :], other=0.0).to(tl.float32)
+                    added += tl.load(bias_at, mask=there[:, None] & (j < reach_end)[None, :], other=0.0).to(tl.float32)
             if PLAIN:
                 unit = scale * LOG2E
             else:
                 unit = 1.0
-                s, _ = _scores(s, scale, softcap, slope, distance, added, SOFTCAP, ALIBI, BIAS)
+                s, _ = _scores(s, scale, softcap, added, SOFTCAP, ALIBI or BIAS)
             if masked:
                 far_off = j[None, :] - i[:, None] - align
                 s = tl.where((far_off >= -left) & (far_off <= right) & (j < reach_end)[None, :], s, float("-inf"))
@@ -225,19 +223,19 @@ def grad_queries(  # type: ignore[no-untyped-def]
             key = _load(k_from + start.to(tl.int64) * k_l, j < reach_end, d < D, masked, D != BLOCK_D)
             value = _load(v_from + start.to(tl.int64) * v_l, j < reach_end, dv < DV, masked, DV != BLOCK_DV)
             s = _dot(query, tl.trans(key), PRECISION)
-            distance, added = 0, 0.0
+            added = 0.0
             if ALIBI or BIAS or DROPOUT:
                 at_j = tl.load(k_at + j, mask=j < reach_end, other=0).to(tl.int32)
                 if ALIBI:
-                    distance = at_j[None, :] - far
+                    added -= slope * tl.abs(at_j[None, :] - far).to(tl.float32)
                 if BIAS:
                     bias_at = bias + h * bias_h + i.to(tl.int64)[:, None] * bias_l + at_j[None, :] * bias_t
-                    added = tl.load(bias_at, mask=there[:, None] & (j < reach_end)[None, :], other=0.0).to(tl.float32)
+                    added += tl.load(bias_at, mask=there[:, None] & (j < reach_end)[None, :], other=0.0).to(tl.float32)
             if PLAIN:
                 unit = scale * LOG2E
             else:
                 unit = 1.0
-                s, bend = _scores(s, scale, softcap, slope, distance, added, SOFTCAP, ALIBI, BIAS)
+                s, bend = _scores(s, scale, softcap, added, SOFTCAP, ALIBI or BIAS)
             if masked:
                 far_off = j[None, :] - i[:, None] - align
                 s = tl.where((far_off >= -left) & (far_off <= right) & (j < reach_end)[None, :], s, float("-inf"))
@@ -316,18 +314,19 @@ def grad_keys(  # type: ignore[no-untyped-def]
                 else:
                     log, common = tl.load(logs + in_head + i), tl.load(delta + in_head + i)
                 s = _dot(key, tl.trans(query), PRECISION)
-                slope, distance, added = 0.0, 0, 0.0
+                added = 0.0
                 if ALIBI:
                     slope = tl.load(alibi + b * alibi_b + h * alibi_h)
                     distance = at_j[:, None] - tl.load(far_at + i, mask=rows_in, other=0).to(tl.int32)[None, :]
+                    added -= slope * tl.abs(distance).to(tl.float32)
                 if BIAS:
                     bias_at = bias + h * bias_h + i.to(tl.int64)[None, :] * bias_l + at_j[:, None] * bias_t
-                    added = tl.load(bias_at, mask=rows_in[None, :] & there[:, None], other=0.0).to(tl.float32)
+                    added += tl.load(bias_at, mask=rows_in[None, :] & there[:, None], other=0.0).to(tl.float32)
                 if PLAIN:
                     unit = scale * LOG2E
                 else:
                     unit = 1.0
-                    s, bend = _scores(s, scale, softcap, slope, distance, added, SOFTCAP, ALIBI, BIAS)
+                    s, bend = _scores(s, scale, softcap, added, SOFTCAP, ALIBI or BIAS)
                 if masked:
                     far_off = j[:, None] - i[None, :] - align
                     inside = ((j >= j0) & (j < j1))[:, None] & rows_in[None, :]
