@@ -106,11 +106,11 @@ class ContextParallel:
         self._recipe = Recipe(group=name, layout=name_of(layout), transport=transport, kernel=kernel, reduce_dtype=reduced)
         self._recipe = replace(self._recipe, heads_stride=heads_k_stride)
         check_names(self._recipe)
-        ranks = transport_of(self._recipe.group)  # not kept: a group whose threads run on while Python ends may abort the process
+        shared = transport_of(self._recipe.group)  # not kept: a group whose threads run on while Python ends may abort the process
         self._uneven = False  # the last shards given out were of different lengths
         self._by_documents: bool | None = None  # and were cut by documents, where the layout may look at them
-        self.rank: int = ranks.ranks[0]
-        self.world_size: int = ranks.world_size
+        self.rank: int = shared.ranks[0]
+        self.world_size: int = shared.world_size
 
     def __repr__(self) -> str:
         r = self._recipe

@@ -163,7 +163,7 @@ class Kernel(ABC):
         if grad.seen is not None and (through_a_value or not self.stores):
             for total, seen in zip((grad.dq, grad.dk, grad.dv), grad.seen, strict=True):
                 clear(total, seen)
-        if grad.d_lse is None or not through_a_value:
+        if grad.d_lse is None or self.takes_d_lse:
             self.backward(grad, k, v, spans, window, scores)
             return
         column = grad.d_lse.transpose(1, 2).unsqueeze(3).to(grad.d_out.dtype)
