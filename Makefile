@@ -43,7 +43,7 @@ format: $(VENV)/.lint ## rewrite the files the way lint wants them
 docs: $(VENV)/.docs ## build the documentation in out/site, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-bench: $(VENV)/.demo ## run the benchmarks and print their results; ARGS go to them
+bench: $(VENV)/.bench ## run the benchmarks and print their results; ARGS go to them
 	$(PY) -m benchmarks $(ARGS)
 
 clean: ## remove .venv and everything else that is made
@@ -57,7 +57,7 @@ $(VENV)/torch.txt:
 	$(PY) -c 'import torch; assert torch.__version__ >= "2.6"' 2>/dev/null || $(PIP) install $(TORCH)
 	$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$@
 
-# This package with one of its extras: .demo, .test, .lint, .docs.
+# This package with one of its extras: .demo, .bench, .test, .lint, .docs.
 $(VENV)/.%: $(VENV)/torch.txt setup.cfg pyproject.toml
 	$(PIP) install --quiet --constraint $< --editable '.[$*]'
 	@touch $@

@@ -123,29 +123,34 @@ class Problem:
 
     def dense(self, kernel: Kernel | None = None) -> Pass:
         """A kernel's own calls for the whole sequence; the problem's kernel where None."""
-        kernel = kernel or self.kernel
+        return dense(kernel or self.kernel, self.one, (self.q, self.k, self.v, self.d_out), self.scores)
 
-        def forward() -> tuple[Tensor, Tensor]:
-            out = torch.zeros_like(self.q)
-            lse = torch.full(self.q.shape[:3], -torch.inf, device=self.q.device)
-            for each in self.one.steps[0].calls:
-                part, part_lse = kernel.forward(self.q, self.k, self.v, each.spans, each.window, self.scores)
-                start = 0
-                for i0, i1, _ in each.blocks.tolist():
-                    out[:, i0:i1] = part[:, start : start + i1 - i0]
-                    lse[:, i0:i1] = part_lse.transpose(1, 2)[:, start : start + i1 - i0]
-                    start += i1 - i0
-            return out, lse.transpose(1, 2).contiguous()
 
-        def backward(saved: tuple[Tensor, Tensor]) -> Answer:
-            out, lse = saved
-            sums = [torch.zeros_like(x, dtype=torch.float32) for x in (self.q, self.k, self.v)]
-            for each in self.one.steps[0].calls:
-                grad = Grad(self.q, out, self.d_out, lse, dq=sums[0], dk=sums[1], dv=sums[2])
-                kernel.backward(grad, self.k, self.v, each.spans, each.window, self.scores)
-            return Answer(out, lse, *sums)
+def dense(kernel: Kernel, one: RankPlan, tensors: Sequence[Tensor], scores: Scores) -> Pass:
+    """The calls of a plan for one device on q, k, v and the gradient of out: gives an `Answer`, gradients in fp32."""
+    q, k, v, d_out = tensors
 
-        return Pass(forward, backward)
+    def forward() -> tuple[Tensor, Tensor]:
+        out = torch.zeros_like(d_out)
+        lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
+        for each in one.steps[0].calls:
+            part, part_lse = kernel.forward(q, k, v, each.spans, each.window, scores)
+            start = 0
+            for i0, i1, _ in each.blocks.tolist():
+                out[:, i0:i1] = part[:, start : start + i1 - i0]
+                lse[:, i0:i1] = part_lse.transpose(1, 2)[:, start : start + i1 - i0]
+                start += i1 - i0
+        return out, lse.transpose(1, 2).contiguous()
+
+    def backward(saved: tuple[Tensor, Tensor]) -> Answer:
+        out, lse = saved
+        sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
+        for each in one.steps[0].calls:
+            grad = Grad(q, out, d_out, lse, dq=sums[0], dk=sums[1], dv=sums[2])
+            kernel.backward(grad, k, v, each.spans, each.window, scores)
+        return Answer(out, lse, *sums)
+
+    return Pass(forward, backward)
 
 
 def difference(got: Answer, want: Answer) -> float:
