@@ -132,12 +132,19 @@ class _Each:
         return [self.of(part) for part in parts]
 
 
+MOST = 1 << 40
+"""The largest number of tokens, heads or ranks that is taken."""
+
+
 def _count(text: str) -> int:
     """A number, where k is 1024 and m 1024 k."""
     found = re.fullmatch(r"(\d+)([km]?)", text.strip().lower().replace("_", ""))
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number: write it as 65536, 64k or 1m")
-    return int(found[1]) << {"": 0, "k": 10, "m": 20}[found[2]]
+    number = int(found[1]) << {"": 0, "k": 10, "m": 20}[found[2]]
+    if number > MOST:
+        raise argparse.ArgumentTypeError(f"{text} is too large: at most {MOST:,}")
+    return number
 
 
 def _some(text: str) -> int:
@@ -321,6 +328,8 @@ def _numbers(name: str) -> list[int]:
         numbers = [None]
     if not all(type(number) is int for number in numbers):
         raise ValueError(f"{name}: not a list of whole numbers, as [3, 5] or 3 5")
+    if not numbers or max(map(abs, numbers)) > MOST:
+        raise ValueError(f"{name}: {f'a number above {MOST:,}' if numbers else 'no numbers'} in it")
     return numbers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import fields, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .annotations.dtensor import axis_group
-from .core.call import Options, Result, Rows, attend, check_names, grid_name, group_name, host_table
+from .core.call import Options, Result, Rows, attend, check_differentiable, check_names, grid_name, group_name, host_table
 from .core.layout import Layout
 from .core.layouts import LAYOUTS, looks_at_documents, name_of, needs_documents
 from .core.mask import Mask, check_cu_seqlens
@@ -103,11 +104,17 @@ class ContextParallel:
         if reduce_dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"reduce_dtype={reduce_dtype}: give a floating dtype of 2 bytes or more, or None for fp32")
         reduced = "" if reduce_dtype is None else str(reduce_dtype).removeprefix("torch.")
-        self._recipe = Recipe(group=name, layout=name_of(layout), transport=transport, kernel=kernel, reduce_dtype=reduced)
-        self._recipe = replace(self._recipe, heads_stride=heads_k_stride)
+        self._recipe = Recipe(
+            group=name,
+            layout=name_of(layout),
+            transport=transport,
+            kernel=kernel,
+            reduce_dtype=reduced,
+            heads_stride=heads_k_stride,
+        )
         check_names(self._recipe)
         shared = transport_of(self._recipe.group)  # not kept: a group whose threads run on while Python ends may abort the process
-        self._uneven = False  # the last shards given out were of different lengths
+        self._uneven = set[int]()  # lengths of shards that were given out where others had another
         self._by_documents: bool | None = None  # and were cut by documents, where the layout may look at them
         self.rank: int = shared.ranks[0]
         self.world_size: int = shared.world_size
@@ -118,6 +125,8 @@ class ContextParallel:
         return f"ContextParallel(rank {self.rank} of {self.world_size}, {layout}, transport={r.transport}, kernel={r.kernel})"
 
     def _layout(self, seq_len: int, cu_seqlens: Tensor | None) -> Layout:
+        if not isinstance(seq_len, Integral) or seq_len < 0:
+            raise ValueError(f"seq_len={seq_len!r}: give the number of tokens of the whole sequence")
         cu = host_table("cu_seqlens", cu_seqlens)
         if cu is not None:
             check_cu_seqlens("cu_seqlens", cu.numpy(), seq_len)
@@ -144,7 +153,7 @@ class ContextParallel:
         """This rank's tokens of `x`, which every rank has whole: ``[..., S, ...] -> [..., L, ...]``; differentiable."""
         held = self._layout(_tokens(x, dim), cu_seqlens)
         self._by_documents = cu_seqlens is not None
-        self._uneven = bool((held.counts != held.counts[0]).any())
+        self._uneven |= set(held.counts.tolist()) if (held.counts != held.counts[0]).any() else set()
         positions = held.positions(self.rank)
         return x.index_select(dim, torch.from_numpy(positions).to(x.device))
 
@@ -159,11 +168,10 @@ class ContextParallel:
             cu_seqlens: boundaries of packed documents.
             seq_len: `S`, where ranks hold different numbers of tokens; ``world_size * L`` where None.
         """
+        check_differentiable(x)
         self._check_documents(cu_seqlens)
         seq_len = self._total(_tokens(x, dim), cu_seqlens, seq_len)
-        held = int(self._layout(seq_len, cu_seqlens).counts[self.rank])
-        if x.shape[dim] != held:
-            raise ValueError(f"dim {dim} of x has {x.shape[dim]} tokens; rank {self.rank} holds {held} of {seq_len}")
+        self._layout(seq_len, cu_seqlens)
         rows = x.movedim(dim, 0).unsqueeze(0)
         whole = gather(rows, host_table("cu_seqlens", cu_seqlens), seq_len, self._recipe.layout, self._recipe.group)
         return whole.squeeze(0).movedim(0, dim)
@@ -183,7 +191,7 @@ class ContextParallel:
         cu = host_table("cu_seqlens", cu_seqlens)
         if cu is not None:
             return int(cu[-1])
-        if self._uneven:  # the same on every rank, where the lengths are not
+        if tokens in self._uneven:  # the same on every rank, where the lengths are not
             raise ValueError("shards of different lengths have been given out: pass seq_len, the tokens of the whole sequence")
         return tokens * self.world_size
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .core.call import Group, Options, Rows, attend, group_name, total_attention
+from .core.call import Group, Options, Rows, group_name, out_and_lse, total_attention
 from .core.recipe import Recipe
 from .ops import wrap_piecewise_attn_func
 
@@ -54,11 +54,9 @@ def flash_attention(
     """
     name = "local:1" if process_group is None else group_name(process_group)
     recipe = Recipe(group=name, layout=layout, transport=transport, kernel=kernel)
-    options = Options(softmax_scale=sm_scale, dropout_p=dropout_p, causal=causal, return_attn_probs=True)
+    options = Options(softmax_scale=sm_scale, dropout_p=dropout_p, causal=causal, return_attn_probs=return_log_normalizer)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    result = attend(q, k, v, recipe, options, Rows())
-    assert isinstance(result, tuple)
-    out, lse, _ = result
+    out, lse = out_and_lse(q, k, v, recipe, options, Rows())
     answers = [out.transpose(1, 2), *([lse] if return_log_normalizer else [])]
     if return_total_attention:
         answers.append(total_attention(q, k, lse, recipe, options, Rows()))

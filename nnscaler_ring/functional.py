@@ -254,10 +254,11 @@ def llama3_flash_attn_varlen_func(
     )
     transport = transport_of(recipe.group)
     tokens = q.shape[0] * transport.world_size
-    if local_k_slice.step not in (None, 1) or not 0 <= local_k_slice.start <= local_k_slice.stop <= tokens:
+    start, stop = local_k_slice.start or 0, tokens if local_k_slice.stop is None else local_k_slice.stop
+    if local_k_slice.step not in (None, 1) or not 0 <= start <= stop <= tokens:
         raise ValueError(f"local_k_slice={local_k_slice}: give slice(start, stop) within the row's {tokens} tokens")
     q_ends = check_documents(cu_seqlens_q, max_seqlen_q, q.shape[0]) + transport.ranks[0] * q.shape[0]
-    k_ends = check_documents(cu_seqlens_k, max_seqlen_k, local_k_slice.stop - local_k_slice.start) + local_k_slice.start
+    k_ends = check_documents(cu_seqlens_k, max_seqlen_k, stop - start) + start
     if len(q_ends) != len(k_ends):
         raise ValueError(f"cu_seqlens_q has {len(q_ends) - 1} documents and cu_seqlens_k {len(k_ends) - 1}: they must agree")
     left, right = check_window(window_size)

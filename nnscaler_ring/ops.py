@@ -24,7 +24,20 @@ from torch.distributed.tensor import DTensor
 
 from .annotations import dtensor, nnscaler
 from .annotations.spec import SPECS, OpSpec
-from .core.call import Group, Options, Result, Rows, attend, check, check_qkv, grid_name, group_name, host_table, whole_lengths
+from .core.call import (
+    Group,
+    Options,
+    Result,
+    Rows,
+    check,
+    check_names,
+    check_qkv,
+    grid_name,
+    group_name,
+    host_table,
+    out_and_lse,
+    whole_lengths,
+)
 from .core.mask import check_window
 from .core.plan import check_transport
 from .core.recipe import Recipe
@@ -69,9 +82,8 @@ _OPTIONS = tuple(f.name for f in fields(Options) if f.name in _NAMES)
 
 
 def options_of(settings: Settings, **more: Any) -> Options:
-    """The part of settings that the engine's edge checks, with the log-sum-exp asked for."""
-    given = {name: getattr(settings, name) for name in _OPTIONS}
-    return Options(**{**given, "return_attn_probs": True, **more})
+    """The part of settings that the engine's edge checks."""
+    return Options(**{name: getattr(settings, name) for name in _OPTIONS}, **more)
 
 
 @torch.compiler.assume_constant_result
@@ -119,6 +131,7 @@ class _Call:
             raise ValueError(f"{self.spec.name}: tokens in layout {self.settings.layout!r}; give {allowed}")
         if not on_mesh:
             if nnscaler.tracing():
+                check_names(Recipe(transport=self.settings.transport, kernel=self.settings.kernel))
                 return nnscaler.stand_in(self.spec, q, k, v)
             if process_group is None and self.settings.layout != "contiguous" and not torch.compiler.is_compiling():
                 self._warn_if_one_of_many()
@@ -170,9 +183,7 @@ class _Call:
         if inner != given.layout:
             batches = [([q, k, v], total)] if total == total_k else [([q], total), ([k, v], total_k)]
             q, k, v = (x for xs, length in batches for x in relayout(xs, None, length, given.layout, inner, group))
-        result = attend(q, k, v, recipe, options, rows)
-        assert isinstance(result, tuple)
-        out, lse, _ = result
+        out, lse = out_and_lse(q, k, v, recipe, options, rows)
         if inner != given.layout:
             (out,) = relayout([out], None, total, inner, given.layout, group)
             if given.return_attn_probs:
@@ -249,11 +260,11 @@ def _run(op: str, tensors: Sequence[Tensor | None], process_group: Group, shared
     nnscaler traces through the fronts: what is computed from a container with a tensor goes into its graph.
     """
     given = {**dict(zip(_SHARED, shared, strict=True)), **own}
-    Options(dropout_p=given["dropout_p"], softcap=given["softcap"], far=given.get("far"))
+    scale, far = given["softmax_scale"], given.get("far")
+    Options(softmax_scale=scale, dropout_p=given["dropout_p"], softcap=given["softcap"], far=far)
     if SPECS[op].layout == "zigzag" and not given["causal"]:
         raise ValueError(f"{op}: causal=False, but zigzag shards balance a causal mask; pass causal=True or take a ring function")
-    scale = None if given["softmax_scale"] is None else float(given["softmax_scale"])
-    given = {**given, "softmax_scale": scale, "window_size": check_window(given["window_size"])}
+    given = {**given, "softmax_scale": None if scale is None else float(scale), "window_size": check_window(given["window_size"])}
     given |= {name: given[name] or 0.0 for name in ("dropout_p", "softcap")}  # under dynamic shapes a default is a symbol
     settings = _settings(*((name, given[name]) for name in _NAMES if name in given))
     entry: Callable[..., Outputs] = packed_attention if "cu_seqlens_q" in SPECS[op].inputs else dense_attention

@@ -92,7 +92,15 @@ def compile_calls(head_dim: int, head_dim_v: int, heads_k: int) -> int:
             sums = [torch.empty_like(x, dtype=torch.float32) for x in (q, k, v)]
             stats = torch.empty(1, 8, 704, dtype=torch.float32)
             kernel.backward(
-                Grad(q, whole, whole, stats, *sums, more.get("deterministic", False), None, stats if "d_lse" in more else None),
+                Grad(
+                    q,
+                    whole,
+                    whole,
+                    stats,
+                    *sums,
+                    deterministic=more.get("deterministic", False),
+                    d_lse=stats if "d_lse" in more else None,
+                ),
                 *(k, v, table, window, scores),
             )
         done += 1

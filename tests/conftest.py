@@ -23,6 +23,9 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+    # The interpreter of triton 3.6 and before, with numpy before 2.4; newer ones refuse it, see tests/interpreter.py.
+    known = r"ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning:triton\.runtime\.interpreter"
+    config.addinivalue_line("filterwarnings", known)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

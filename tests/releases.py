@@ -96,6 +96,16 @@ def window_of(given: dict[str, Any], none: int | None = -1) -> tuple[int, int]:
     return (-1 if left == none else left), (-1 if right == none else right)
 
 
+def pad_lse(lse: Tensor, counts: list[int]) -> Tensor:
+    """``[H, T]`` as ``[n, H, rows]``, which flash-attn had before 2.6; what fills it is no log-sum-exp."""
+    return torch.stack([torch.nn.functional.pad(x, (0, max(counts) - x.shape[1]), value=7.0) for x in lse.split(counts, 1)])
+
+
+def cut_lse(lse: Tensor, counts: list[int]) -> Tensor:
+    """``[n, H, rows]`` as ``[H, T]``."""
+    return torch.cat([x[:, :count] for x, count in zip(lse, counts, strict=True)], 1)
+
+
 # -- flash-attn 2 ------------------------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +124,7 @@ def flash_attn_2(given: dict[str, Any], results: int, padded: bool, name: str) -
     if "forward" in name:
         out, lse = attend(q, k, v, *how, nothing=torch.inf)
         if pads:
-            lse = torch.stack([torch.nn.functional.pad(x, (0, max(counts) - x.shape[1]), value=7.0) for x in lse.split(counts, 1)])
+            lse = pad_lse(lse, counts)
         out, rest = out.to(q.dtype), q.new_empty(0)
         return (out, q.clone(), k, v, out, lse, None, None) if results == 8 else (out, lse, rest, rest.clone())
     d_out, lse, out = given["dout"], given["softmax_lse"], given["out"]
@@ -123,7 +133,7 @@ def flash_attn_2(given: dict[str, Any], results: int, padded: bool, name: str) -
     wanted = (len(counts), q.shape[1], max(counts)) if pads else (q.shape[1], q.shape[0]) if cu_q is not None else None
     assert lse.shape == (wanted or (q.shape[0], q.shape[2], q.shape[1]))
     if pads:
-        lse = torch.cat([x[:, :count] for x, count in zip(lse, counts, strict=True)], 1)
+        lse = cut_lse(lse, counts)
     grads = differentiate(d_out, q, k, v, out, lse, *how)
     for into, grad in zip((given["dq"], given["dk"], given["dv"]), grads, strict=True):
         into.copy_(grad)

@@ -25,6 +25,7 @@ from nnscaler_ring.core.kernels import Case, Grad, Scores
 from nnscaler_ring.core.plan import plan
 from nnscaler_ring.core.recipe import Recipe
 from tests import oracle
+from tests.interpreter import skip_without_triton
 from tests.shapes import seen_by_name
 
 S, HEADS = 1024, (2, 1, 64, 64)
@@ -116,12 +117,14 @@ def cases(backends: Iterable[str], *known: str) -> list[Any]:
 
 
 def rounding(part: str, of: Error) -> float:
-    """The last bit of a value in fp32, which lse has whatever the inputs are."""
-    return torch.finfo(torch.float32).eps * of.size if part == "lse" else 0.0
+    """The last bits of a value in fp32, which lse has whatever the inputs are: of the largest score, and of what is added to it."""
+    return 2 * torch.finfo(torch.float32).eps * of.size if part == "lse" else 0.0
 
 
 @pytest.mark.parametrize(("backend", "part"), cases(BACKENDS, *PARTS))
 def test_errors_are_those_of_a_single_call(backend: str, part: str) -> None:
+    if backend == "triton":
+        skip_without_triton()
     above = []
     for way, world in itertools.product(BACKENDS[backend], WORLDS[:1] if backend == "triton" else WORLDS):
         single, got = (errors(way, backend, torch.bfloat16, each)[part] for each in (0, world))

@@ -12,7 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from nnscaler_ring import ContextParallel, Mask, Slice, wrap_zigzag_attn_func
+from nnscaler_ring import (
+    ContextParallel,
+    Mask,
+    Slice,
+    llama3_flash_attn_prepare_cu_seqlens,
+    llama3_flash_attn_varlen_func,
+    wrap_ring_attn_func,
+    wrap_zigzag_attn_func,
+)
 from nnscaler_ring.core.agree import VARIABLE, asked
 
 DIFFERENT: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -47,6 +55,32 @@ def say(rank: int, world_size: int) -> dict[str, str]:
                 assert not messages.called
                 said[name] = str(why)
     return said
+
+
+REFUSED: dict[str, Callable[[int], dict[str, Any]]] = {
+    "cu_seqlens": lambda rank: {"cu_seqlens": torch.tensor([0, 5, 16 + 2 * rank], dtype=torch.int32)},
+    "learnable_sink": lambda rank: {"learnable_sink": torch.zeros(4 + rank)},
+    "both": lambda rank: {"transport": "no such transport"},
+}
+"""What rank 1, or every rank, finds wrong with its own arguments."""
+
+
+def refuse(rank: int, world_size: int) -> dict[str, str]:
+    said = {}
+    for name, of in REFUSED.items():
+        for call in (wrap_ring_attn_func, wrap_zigzag_attn_func):  # one attends at once, one moves rows first
+            with mock.patch.dict("os.environ", {VARIABLE: "1"}), pytest.raises(ValueError) as told:
+                call(*qkv(), process_group=dist.group.WORLD, **of(rank))
+            said[f"{name} {call.__name__}"] = str(told.value)
+    return said
+
+
+def test_a_rank_that_refuses_its_own_arguments_is_told_to_the_others(ranks: Any) -> None:
+    waiting, refusing = ranks(2).run(refuse)
+    for name, message in refusing.items():
+        assert "differ in" not in message
+        told = "rank 0 and rank 1 differ in whether their own arguments can be; on rank 0 it is True: say the same on every rank"
+        assert waiting[name] == (message if name.startswith("both") else told)
 
 
 def test_every_difference_is_told_on_every_rank(ranks: Any) -> None:
@@ -85,6 +119,29 @@ def moving_rows(rank: int, world_size: int) -> list[str]:
             said.append(str(told.value))
         assert not messages.called
     return said
+
+
+def alike(rank: int, world_size: int) -> None:
+    """What ranks may say differently: of llama3's rows each knows its own."""
+    cu = torch.tensor([0, 5, 16], dtype=torch.int32)
+    prepared = llama3_flash_attn_prepare_cu_seqlens(cu, True, rank, world_size)
+    with mock.patch.dict("os.environ", {VARIABLE: "1"}):
+        q, k, v = (x.squeeze(0) for x in qkv())
+        assert llama3_flash_attn_varlen_func(q, k, v, *prepared[:4], 1, prepared[4], causal=True).shape == (8, 4, 8)
+
+
+def test_llama3_calls_alike(ranks: Any) -> None:
+    ranks(2).run(alike)
+
+
+def of_another_length(rank: int, world_size: int) -> str:
+    with mock.patch.dict("os.environ", {VARIABLE: "1"}), pytest.raises(ValueError, match="as many as the layout gives") as told:
+        ContextParallel().unshard(torch.ones(1, 8 - rank, 2), 1, seq_len=16)
+    return str(told.value)
+
+
+def test_a_shard_of_another_length_is_told_to_all(ranks: Any) -> None:
+    assert all("rank 0 and rank 1 differ in" in said for said in ranks(2).run(of_another_length))
 
 
 def test_before_rows_are_moved(ranks: Any) -> None:

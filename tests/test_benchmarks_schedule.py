@@ -11,6 +11,7 @@ import weakref
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from benchmarks.schedule import WAYS, Ours, Schedule, Todays
 from nnscaler_ring.core.kernels import KERNELS, choose
 from nnscaler_ring.core.kernels.aten import AtenCpu
 from nnscaler_ring.core.kernels.reference import Reference
+from nnscaler_ring.core.kernels.triton import Triton
+from tests.interpreter import missing_interpreter, skip_without_triton
 
 P = 4
 SETUP = replace(SETUPS["quick"], ranks=P, tokens=32, window=20, product=16)
@@ -44,6 +47,8 @@ def setup_for(kernel: str, **sizes: object) -> schedule.Setup:
         choose(kernel, setup.case)
     except NotImplementedError as why:
         pytest.skip(str(why))
+    if kernel == "triton":
+        skip_without_triton(setup.device)
     return setup
 
 
@@ -331,10 +336,10 @@ def test_the_run_on_a_gpu_ends_in_ten_minutes(there: bool, tmp_path: Path) -> No
     given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path), "PYTHON": str(tmp_path / "python")}
     done = subprocess.run(["bash", str(ROOT / "benchmarks/gpu.sh")], env={**os.environ, **given}, capture_output=True, text=True)
     calls = (tmp_path / "calls").read_text().splitlines()
-    limits = [re.match(r"-s INT -k (\d+) (\d+) ", call) for call in calls]
+    limits = [re.match(r"--foreground -s INT -k (\d+) (\d+) ", call) for call in calls]
     assert done.returncode == 1 and len(calls) == 6 and all(limits), done.stderr
     assert sum(int(seconds) for limit in limits if limit for seconds in limit.groups()) <= 585
-    assert " --tb=short " in calls[0] and ("-p xdist -n 8" in calls[0]) == there
+    assert " --tb=short " in calls[0] and ("-m  -p xdist -n 8" in calls[0]) == there == ("-m not slow" not in calls[0])
     for call in calls[1:]:
         words = call.partition("-m benchmarks ")[2].split()
         assert __main__.parsed(words).device == "cuda" and words[0] in __main__.WITH_SETUP
@@ -352,8 +357,10 @@ def test_a_picture_of_a_schedule(tmp_path) -> None:
 # -- kernels ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_kernels_that_can_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_kernels_that_can_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that are usable, by mask, with that of `auto` marked; of the others it is said why not."""
+    if missing := missing_interpreter():
+        monkeypatch.setattr(Triton, "check_sizes", Mock(side_effect=NotImplementedError(f"it needs {missing}")))
     command(tmp_path, "kernels", "--tokens", "64")
     text = (tmp_path / "kernels-cpu-quick-tokens-64.md").read_text()
     assert capsys.readouterr().out == f"{text}\n"

@@ -110,6 +110,26 @@ def test_on_a_group(ranks) -> None:
     no_faults(ranks(2).run(on_a_group))
 
 
+def of_any_length(rank: int, world_size: int) -> None:
+    """Few graphs for many lengths, though rows move between layouts."""
+    for op in (nr.wrap_ring_attn_func, nr.wrap_zigzag_attn_func, nr.wrap_stripe_attn_func, nr.wrap_ulysses_attn_func):
+        call = partial(model, partial(op, process_group=dist.group.WORLD))
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=True)
+        for seq in range(12, 12 + 12 * 5, 5):
+            tensors = given(seq)
+            got, want = compiled(*tensors), call(*tensors)
+            assert torch.allclose(got, want, rtol=1e-11), (op.__name__, seq)
+            for x, y in zip(torch.autograd.grad(got.sum(), tensors), torch.autograd.grad(want.sum(), tensors), strict=True):
+                assert torch.allclose(x, y, rtol=1e-10, atol=1e-12), (op.__name__, seq)
+        assert counter.frame_count <= 3, (op.__name__, counter.frame_count)
+
+
+def test_lengths_are_dynamic_on_a_group(ranks) -> None:
+    ranks(2).run(of_any_length)
+
+
 def on_dtensors(rank: int, world_size: int, shape: tuple[int, ...], placements: tuple[Shard, ...]) -> list[str]:
     mesh, faults = init_device_mesh("cpu", shape), []
     ops: dict[str, Call] = {

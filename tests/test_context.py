@@ -68,7 +68,23 @@ def there_and_back(rank: int, world_size: int) -> None:
                 assert x.grad is not None and torch.equal(x.grad, own), (layout, seq, dim)
         given = {"cu_seqlens": torch.tensor([0, world_size, 6 * world_size])} if per_document(layout) else {}
         x = torch.arange(6 * world_size, device=device)
-        assert torch.equal(cp.unshard(cp.shard(x, 0, **given), 0, **given), x), "the length follows from the shard"
+        even = ContextParallel(layout=layout)
+        assert torch.equal(even.unshard(even.shard(x, 0, **given), 0, **given), x), "the length follows from the shard"
+
+
+def cut_ahead(rank: int, world_size: int) -> None:
+    """Shards of a batch of uneven length, then of the next one, before the first is used."""
+    cp = ContextParallel()
+    first, _ = cp.shard(torch.randn(1, 13, 2, 8), 1), cp.shard(torch.randn(1, 12, 2, 8), 1)
+    for call in (lambda: cp.attention(first, first, first), lambda: cp.unshard(first, 1)):
+        with pytest.raises(ValueError, match="different lengths have been given out: pass seq_len"):
+            call()
+    assert cp.unshard(first, 1, seq_len=13).shape[1] == 13
+    assert cp.unshard(cp.shard(torch.randn(1, 32, 2, 8), 1), 1).shape[1] == 32, "of a length that never was one of several"
+
+
+def test_shards_of_several_batches(ranks) -> None:
+    ranks(2).run(cut_ahead)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

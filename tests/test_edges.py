@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -11,23 +12,27 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import nnscaler_ring as nr
 from nnscaler_ring.core import engine
+from nnscaler_ring.core.call import Options, attend
 from nnscaler_ring.core.device import on_device
-from nnscaler_ring.core.kernels import Case, choose
+from nnscaler_ring.core.kernels import Case, Grad, choose
 from nnscaler_ring.core.kernels.aten import AtenCpu
 from nnscaler_ring.core.kernels.packed import Packing, bounds
 from nnscaler_ring.core.layout import Layout
 from nnscaler_ring.core.layouts import build
 from nnscaler_ring.core.merge import update_out_and_lse
 from nnscaler_ring.core.recipe import Recipe
-from nnscaler_ring.core.relayout import _relayout
+from nnscaler_ring.core.relayout import _relayout, gather, relayout
 from nnscaler_ring.core.transport import LocalTransport, transport_of
+from nnscaler_ring.core.walk import put, take
 from tests import oracle
+from tests.interpreter import skip_without_triton
 from tests.worlds import no_faults, refusal, told
 
 CASES: list[dict[str, Any]] = [{}, {"softcap": 2.0}, {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.05])}]
@@ -154,7 +159,7 @@ HIDING = {
 def test_a_bias_that_hides_all_keys_of_a_call(hiding: str, world: int, kernel: str) -> None:
     """A bias of -inf is a mask; a rank's keys may all be hidden from a row, or all that there are."""
     if kernel == "triton":
-        pytest.importorskip("triton")
+        skip_without_triton()
     n, given = 16, [x.float() for x in qkv()]
     i, j = torch.arange(n).unsqueeze(1), torch.arange(n)
     bias = torch.zeros(4, n, n).masked_fill(HIDING[hiding](i, j), BLIND)
@@ -180,7 +185,7 @@ def test_a_bias_that_hides_all_keys_of_a_call(hiding: str, world: int, kernel: s
 def test_gradients_of_any_stride(loss: Any, kernel: str) -> None:
     """That of a sum has a stride of 0 in every dim."""
     if kernel == "triton":
-        pytest.importorskip("triton")
+        skip_without_triton()
     answers = []
     for name in (kernel, "reference"):
         leaves = [x.float().requires_grad_() for x in qkv()]
@@ -248,7 +253,7 @@ def test_neighbouring_spans_are_added_at_once() -> None:
     at = np.array([[n, n + 1, n, n + 1] for n in range(100)])
     packing, total = Packing(at, torch.zeros(2, 100, 1, 8)), torch.zeros(2, 100, 1, 8)
     part = torch.randn(200, 1, 8)
-    with torch.profiler.profile() as seen:
+    with torch.profiler.profile(acc_events=True) as seen:  # it warns without
         packing.add(total, part, at[:, :2])
         rows = packing.rows(total)
     calls = {event.key: event.count for event in seen.key_averages()}
@@ -318,3 +323,141 @@ def test_shards_without_a_group_are_told(ranks) -> None:
     for told_by_one in ranks(2).run(in_the_order_of_shards):
         (warning,) = told_by_one
         assert warning.startswith("True wrap_zigzag_attn_func: layout='zigzag' without a process_group"), warning
+
+
+# -- another review --------------------------------------------------------------------------------------------------------------
+
+
+def of_heads(rank: int, world_size: int, transport: str) -> list[tuple[bool, int]]:
+    """For an lse that nobody asks for, one that nobody differentiates and one that rank 0 alone does: whether the kernel gets a
+    gradient of it, and bytes sent backward."""
+    found, cp = [], nr.ContextParallel(transport=transport)
+    shards = [torch.randn(1, 8, heads, 8).requires_grad_() for heads in (4, 2, 2)]
+    for lse, differentiated in ((False, False), (True, False), (True, rank == 0)):
+        result = cp.attention(*shards, return_attn_probs=lse)
+        out, loss = (result[0], result[1].sum()) if lse else (result, torch.zeros(()))
+        sent, exchange, differentiate = 0, dist.batch_isend_irecv, AtenCpu.differentiate
+        asked = []
+
+        def counted(ops: list[dist.P2POp], exchange: Any = exchange) -> Any:
+            nonlocal sent
+            sent += sum(op.tensor.nbytes for op in ops if op.op is dist.isend)
+            return exchange(ops)
+
+        def spied(self: AtenCpu, grad: Grad, *rest: Any, asked: list[bool] = asked, to: Any = differentiate) -> None:
+            asked.append(grad.d_lse is not None)
+            to(self, grad, *rest)
+
+        spies = mock.patch.object(dist, "batch_isend_irecv", counted), mock.patch.object(AtenCpu, "differentiate", spied)
+        with spies[0], spies[1]:
+            torch.autograd.grad(out.sum() + loss * differentiated, shards)
+        found.append((any(asked), sent))
+    return found
+
+
+def test_heads_travel_without_a_gradient_of_lse_that_nobody_can_have(ranks: Any) -> None:
+    """Kernels without such a gradient are not used in another way then, and nothing is sent for it."""
+    for rank, found in enumerate(ranks(2).run(of_heads, "all_to_all")):
+        assert [asked for asked, _ in found] == [False, True, True], rank
+        assert found[1][1] - found[0][1] == 8 * 2 * 4, "own rows, the other's heads, fp32"
+    assert [asked for asked, _ in ranks(2).run(of_heads, "ring")[0]] == [False, True, True]
+
+
+def test_a_kernel_that_cannot_differentiate_lse_is_refused_before_heads_travel() -> None:
+    """Its values are one wider there: at the limit of its head dim that is too wide."""
+    tensors = [torch.randn(1, 8, 4, 8) for _ in range(3)]
+    limit = mock.patch.object(AtenCpu, "check_sizes", side_effect=lambda case: refuse_above_8(case))
+    recipe = Recipe(group="local:2", kernel="aten", transport="all_to_all")
+    choose.cache_clear()
+    with limit:
+        attend(*tensors, recipe, Options())
+        attend(*tensors, replace(recipe, transport="ring"), Options(return_attn_probs=True))
+        with pytest.raises(NotImplementedError, match="8 is the widest"):
+            attend(*tensors, recipe, Options(return_attn_probs=True))
+    choose.cache_clear()
+
+
+def refuse_above_8(case: Case) -> None:
+    if case.head_dim_v > 8:
+        raise NotImplementedError("8 is the widest")
+
+
+def test_boundaries_that_change_before_the_backward_pass_are_told(ranks: Any) -> None:
+    """The table is saved as tensors are: a loader's buffer that is filled anew is no other layout."""
+    ranks(2).run(changed_boundaries)
+
+
+def changed_boundaries(rank: int, world_size: int) -> None:
+    cp, cu = nr.ContextParallel(layout="zigzag-per-document"), torch.tensor([0, 4, 16])
+    mine = cp.shard(torch.randn(16), 0, cu).requires_grad_()
+    whole = gather(mine.reshape(1, -1), cu, 16, "zigzag-per-document", dist.group.WORLD.group_name)
+    moved = relayout([mine.reshape(1, -1)], cu, 16, "zigzag-per-document", "contiguous", dist.group.WORLD.group_name)[0]
+    cu.copy_(torch.tensor([0, 8, 16]))
+    for result in (whole, moved):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch 2.11 itself
+def test_forward_mode_is_refused() -> None:
+    """torch's custom ops would give tangents of zero."""
+    q, k, v, tangent = (torch.randn(1, 8, 2, 4) for _ in range(4))
+    with forward_ad.dual_level():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own: it scripts decompositions
+            q = forward_ad.make_dual(q, tangent)
+        for call in (lambda: nr.wrap_ring_attn_func(q, k, v), lambda: nr.ContextParallel().unshard(q, 1)):
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                call()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"sinks": 1.5, "window_size": (2, 0)},
+        {"prefix": 2.5},
+        {"seq_len": 8.0},
+        {"softcap": None},
+        {"mask": [(0, 8, 0, 8, -np.inf, 0)]},
+        {"mask": [(0, 8, 0, 8, -3.5, 0)]},
+    ],
+    ids=str,
+)
+def test_numbers_that_are_none(given: dict[str, Any]) -> None:
+    tensors = [torch.randn(1, 8, 2, 4) for _ in range(3)]
+    with pytest.raises(ValueError):
+        nr.ContextParallel().attention(*tensors, **{**given, **({"mask": nr.Mask(given["mask"], 8)} if "mask" in given else {})})
+
+
+def test_more_numbers_that_are_none() -> None:
+    q, k, v = (torch.randn(1, 8, 2, 4) for _ in range(3))
+    with pytest.raises(ValueError, match=r"dist_threshold=2\.5"):
+        nr.wrap_piecewise_attn_func(q, k, q, k, v, 2.5)
+    with pytest.raises(ValueError, match=r"heads_k_stride=1\.5"):
+        nr.ContextParallel(heads_k_stride=1.5)
+    with pytest.raises(ValueError, match="seq_len=-3"):
+        nr.ContextParallel().position_ids(-3)
+    with pytest.raises(ValueError, match="floating dtype of float64"):
+        nr.wrap_ring_attn_func(*(x.to(torch.float8_e4m3fn) for x in (q, k, v)))
+    with pytest.raises(NotImplementedError, match="softmax_scale has no gradient"):
+        nr.wrap_ring_attn_func(q, k, v, softmax_scale=torch.tensor(0.5, requires_grad=True))
+
+
+def test_rows_at_many_intervals() -> None:
+    """Taken and put by an index; a copy for each would be a launch for each."""
+    data, rows = torch.randn(64, 3), np.array([(5 * n, 5 * n + 1 + n % 3) for n in range(12)])
+    part = take(data, rows)
+    assert torch.equal(part, torch.cat([data[lo:hi] for lo, hi in rows.tolist()]))
+    for add in (False, True):
+        got, want, start = data.double(), data.double(), 0
+        put(got, rows, part, add)
+        for lo, hi in rows.tolist():
+            want[lo:hi] = part[start : start + hi - lo].double() + (want[lo:hi] if add else 0)
+            start += hi - lo
+        assert torch.equal(got, want)
+
+
+def test_a_layout_that_is_none() -> None:
+    for runs in ([[0, 0, 4], [1, 2, 4]], [[0, 0, 4], [2, 4, 4]]):
+        with pytest.raises(ValueError, match="every position once"):
+            nr.ContextParallel(layout=Layout(np.array(runs), 8, 2))

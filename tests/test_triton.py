@@ -22,6 +22,7 @@ from nnscaler_ring.core.kernels.base import Window, philox
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.triton import ANY, HOPPER, NARROW, WIDE, Blocks, Sizes, Triton, key_tiles, row_tiles, shares
 from tests import oracle
+from tests.interpreter import skip_without_triton
 from tests.test_kernels import (
     ROWS,
     SPANS,
@@ -37,6 +38,7 @@ from tests.test_kernels import (
 )
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+launches = pytest.mark.usefixtures("triton_runs")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Sizes(Blocks(16, 16, 4, 1), Blocks(16, 32, 4, 1), Blocks(32, 16, 4, 1))
 """Blocks so small that a short span has several."""
@@ -44,6 +46,11 @@ SMALL = Sizes(Blocks(16, 16, 4, 1), Blocks(16, 32, 4, 1), Blocks(32, 16, 4, 1))
 
 def name(dtype: torch.dtype) -> str:
     return str(dtype)[6:]
+
+
+@pytest.fixture
+def triton_runs(device: torch.device) -> None:
+    skip_without_triton(device.type)
 
 
 # -- the tables ------------------------------------------------------------------------------------------------------------------
@@ -129,7 +136,7 @@ def test_most_blocks_of_a_causal_span_need_no_mask() -> None:
 # -- bands -----------------------------------------------------------------------------------------------------------------------
 
 
-@needs_triton
+@launches
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_spans_and_windows(window: Window, device: torch.device) -> None:
     """Heads and dtypes take turns; `test_every_span_and_window` runs all."""
@@ -144,7 +151,7 @@ def test_spans_and_windows(window: Window, device: torch.device) -> None:
     assert ran >= 2
 
 
-@needs_triton
+@launches
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
@@ -168,7 +175,7 @@ LONG = {
 }
 
 
-@needs_triton
+@launches
 @pytest.mark.parametrize(("spans", "window"), LONG.values(), ids=LONG)
 def test_long_spans(spans, window: Window, device: torch.device) -> None:
     """Several blocks of the sizes that a GPU would have."""
@@ -177,7 +184,7 @@ def test_long_spans(spans, window: Window, device: torch.device) -> None:
     check_backward(Triton(), p, TOLERANCE[torch.float32])
 
 
-@needs_triton
+@launches
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize(("spans", "window"), LONG.values(), ids=LONG)
@@ -187,7 +194,7 @@ def test_long_spans_in_small_blocks(spans, window: Window, dtype: torch.dtype, d
     check_backward(Triton(SMALL), p, TOLERANCE[dtype])
 
 
-@needs_triton
+@launches
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("dims", [(64, 64), (80, 129), (256, 192)], ids=str)
 def test_wide_heads(dims: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -196,7 +203,7 @@ def test_wide_heads(dims: tuple[int, int], dtype: torch.dtype, device: torch.dev
     check_backward(Triton(), p, TOLERANCE[dtype])
 
 
-@needs_triton
+@launches
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_logits_of_1e4(dtype: torch.dtype, device: torch.device) -> None:
     p = problem(SPANS["one"], (2, 1), (4, 2, 8, 8), dtype, device)
@@ -205,7 +212,7 @@ def test_logits_of_1e4(dtype: torch.dtype, device: torch.device) -> None:
     check_backward(Triton(), p, 5e-2)
 
 
-@needs_triton
+@launches
 def test_any_strides_and_untouched_inputs(device: torch.device) -> None:
     plain = problem(SPANS["gaps"], (-1, 0), (4, 2, 8, 4), torch.float32, device)
     q = torch.cat([plain.given.q, plain.given.q + 1, plain.given.q], dim=2)[:, :, 8:]
@@ -220,7 +227,7 @@ def test_any_strides_and_untouched_inputs(device: torch.device) -> None:
     assert all(torch.equal(x, y) for x, y in zip(p.given, before, strict=True)), "inputs are as they were"
 
 
-@needs_triton
+@launches
 def test_the_same_bits_each_time(device: torch.device) -> None:
     p = problem([(0, 150, 0, 150), (150, 200, 20, 100)], (-1, 0), (4, 2, 16, 16), torch.bfloat16, device, (200, 200))
     want = oracle.dense(p.given, p.seen(both=True), p.scale)
@@ -229,7 +236,7 @@ def test_the_same_bits_each_time(device: torch.device) -> None:
     assert all(torch.equal(x, y) for x, y in zip(*answers, strict=True))
 
 
-@needs_triton
+@launches
 def test_no_spans(device: torch.device) -> None:
     p = problem(SPANS["one"], (-1, -1), (2, 1, 8, 8), torch.float32, device)
     none = np.zeros((0, 4), dtype=np.int64)
@@ -242,7 +249,7 @@ def test_no_spans(device: torch.device) -> None:
     assert all((x == 1).all() for x in sums)
 
 
-@needs_triton
+@launches
 def test_rows_that_see_nothing_have_no_gradient(device: torch.device) -> None:
     p = problem(SPANS["one"], (-1, -1), (2, 1, 8, 8), torch.float32, device)
     lse = torch.full((2, 2, ROWS), -torch.inf, device=device)
@@ -299,16 +306,18 @@ def check_scores(kernel: Triton, p: Problem, given: Scores, tolerance: float, de
     full_lse = want_lse.new_full((*want_lse.shape[:2], full.shape[1]), torch.inf).index_copy_(2, p.rows.to(want.device), want_lse)
     sums, wanted = ([torch.ones_like(x, dtype=kind) for x in p.given[:3]] for kind in (torch.float32, torch.float64))
     biases = [None, None] if given.bias is None else [torch.ones_like(given.bias, dtype=x.dtype) for x in (sums[0], wanted[0])]
-    grad = Grad(p.given.q, full.to(out.dtype), p.given.d_out, full_lse.float(), *sums, deterministic, biases[0])
+    grad = Grad(
+        p.given.q, full.to(out.dtype), p.given.d_out, full_lse.float(), *sums, deterministic=deterministic, d_bias=biases[0]
+    )
     kernel.backward(grad, *p.given[1:3], p.spans, p.window, given)
-    grad = Grad(exact[0], full, exact[3], full_lse, *wanted, deterministic, biases[1])
+    grad = Grad(exact[0], full, exact[3], full_lse, *wanted, deterministic=deterministic, d_bias=biases[1])
     Reference().backward(grad, *exact[1:3], p.spans, p.window, given)
     pairs = [*zip(("dq", "dk", "dv"), sums, wanted, strict=True), *([("d_bias", *biases)] if given.bias is not None else [])]
     for what, got, expected in pairs:
         assert oracle.error(got, expected) <= tolerance, (what, oracle.error(got, expected))
 
 
-@needs_triton
+@launches
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=FEATURES)
 def test_scores(feature: dict, device: torch.device) -> None:
     for spans, window, heads in [("shared keys", (-1, 0), (4, 2, 5, 3)), ("inside", (2, 1), (4, 4, 8, 8))]:
@@ -316,13 +325,13 @@ def test_scores(feature: dict, device: torch.device) -> None:
         check_scores(Triton(), p, scores(p, feature, heads[0]), TOLERANCE[torch.float32])
 
 
-@needs_triton
+@launches
 def test_scores_of_several_blocks(device: torch.device) -> None:
     p = problem([(0, 50, 0, 60), (50, 90, 30, 95)], (-1, 0), (2, 1, 8, 8), torch.bfloat16, device, (90, 95))
     check_scores(Triton(SMALL), p, scores(p, {**FEATURES["all"], "bias": 2}, 2), TOLERANCE[torch.bfloat16])
 
 
-@needs_triton
+@launches
 @pytest.mark.slow
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
@@ -334,7 +343,7 @@ def test_every_score_and_window(window: Window, feature: dict, device: torch.dev
             check_scores(Triton(), p, scores(p, feature, 4), TOLERANCE[p.given.q.dtype])
 
 
-@needs_triton
+@launches
 @pytest.mark.parametrize("bias", [1, 4])
 def test_the_gradient_of_a_bias_can_be_deterministic(bias: int, device: torch.device) -> None:
     p = problem(SPANS["inside"], (2, 1), (4, 2, 8, 8), torch.float32, device)
@@ -350,7 +359,7 @@ def test_no_two_programs_of_a_launch_add_to_one_place_unless_atomically() -> Non
     assert shares(own, 2, 4, True) == (4, False) and shares(shared, 2, 4, True) == (1, False)
 
 
-@needs_triton
+@launches
 def test_the_gradient_of_a_bias_of_one_batch_row(device: torch.device) -> None:
     """No two programs add to one place, so they add without atomics."""
     p = problem(SPANS["inside"], (2, 1), (4, 2, 8, 8), torch.float32, device)
@@ -358,7 +367,7 @@ def test_the_gradient_of_a_bias_of_one_batch_row(device: torch.device) -> None:
     check_scores(Triton(), p, scores(p, {"bias": 4}, 4), TOLERANCE[torch.float32])
 
 
-@needs_triton
+@launches
 def test_a_bias_may_hide_keys(device: torch.device) -> None:
     p = problem(SPANS["one"], (-1, 0), (2, 1, 8, 8), torch.float32, device)
     given = scores(p, {"bias": 1}, 2)
@@ -371,7 +380,7 @@ def test_a_bias_may_hide_keys(device: torch.device) -> None:
     assert (out[:, 3] == 0).all() and (lse[:, :, 3] == -torch.inf).all() and lse[:, :, 4].isfinite().all()
 
 
-@needs_triton
+@launches
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_dropout_drops_the_pairs_that_the_generator_says(probability: float, device: torch.device) -> None:
     """With equal scores and values that are unit vectors, out is the kept pairs."""

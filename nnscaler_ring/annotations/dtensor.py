@@ -125,15 +125,20 @@ def _name(spec: OpSpec, axis: int, placements: Sequence[Placement], single_key_h
     if all(isinstance(p, Replicate) for p in placements):
         return None
     for name in spec.cuttable:
-        if all(p == Shard(spec.dim(t, name) or 0) for t, p in zip("qkv", placements, strict=True)):
+        if all(_cuts(p, spec.dim(t, name)) for t, p in zip("qkv", placements, strict=True)):
             return name
-    heads_q = placements[0] == Shard(spec.dim("q", "heads") or 0)
+    heads_q = _cuts(placements[0], spec.dim("q", "heads"))
     if heads_q and single_key_head and all(isinstance(p, Replicate) for p in placements[1:]):
         return "heads"
     raise ValueError(
         f"{spec.name}: placements q {placements[0]}, k {placements[1]}, v {placements[2]} on mesh axis {axis} are not allowed. "
         f"Allowed on each axis: {spec.describe()}"
     )
+
+
+def _cuts(placement: Placement, dim: int | None) -> bool:
+    """Whether it cuts a dim in chunks in order; a ``_StridedShard``, which does not, equals a ``Shard`` in torch 2.6."""
+    return type(placement) is Shard and placement.dim == (dim or 0)
 
 
 def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tensor | None], op: Local) -> tuple[DTensor, DTensor]:

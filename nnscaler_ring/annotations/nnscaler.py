@@ -262,6 +262,9 @@ def _emit(
     node: Any, args: Sequence[str], kwargs: Mapping[str, str], runtime_devid: int, plan_ndevs: int, runtime_ndevs: int
 ) -> str:
     """The call of a piece, with the ranks of its ring."""
+    if node.kwargs.get("process_group") is not None:
+        given = node.kwargs["process_group"]
+        raise ValueError(f"{node.signature}: process_group={given} in a model that is cut: leave it out, the cuts say it")
     ring = rings.ring_ranks(node, runtime_devid, plan_ndevs)
     assert len(ring) == node.kwargs.get("ring_size", 1), f"{node} was cut in other parts than its ring {ring}"
     options = {name: value for name, value in kwargs.items() if name not in ("ring_size", "process_group")}

@@ -23,24 +23,31 @@ def asked() -> bool:
     return os.environ.get(VARIABLE, "0") not in ("", "0")
 
 
+FACTS = 12
+"""As many are compared, whatever the call: a rank whose own arguments are refused does not know which call the others make."""
+
+
 def check_alike(transport: Transport, facts: Mapping[str, object], device: torch.device) -> None:
     """ValueError on every rank unless all say the same.
 
     Args:
-        facts: what a rank says, by names for people; in one order on all ranks. Compared by their `repr`.
+        facts: what a rank says, by names for people; in one order on all ranks. Compared by their `repr`. None of a rank whose own
+            arguments are refused.
         device: where messages of these ranks live.
     """
     if not isinstance(transport, ProcessTransport):
         return
+    facts = {"whether their own arguments can be": bool(facts), **facts}
     digests = [hashlib.sha256(repr(fact).encode()).digest()[:8] for fact in facts.values()]
-    own = [dist.get_rank(), *(int.from_bytes(each, "little", signed=True) for each in digests)]
+    numbers = [int.from_bytes(each, "little", signed=True) for each in digests]
+    own = [dist.get_rank(), *numbers, *[0] * (FACTS - len(numbers))]
     said = torch.tensor([own], device=device)
     for group in transport.groups:  # of a grid first the ranks of one place, then with all that they have heard those of a team
         heard = [torch.empty_like(said) for _ in range(group.size())]
         dist.all_gather(heard, said, group=group)
         said = torch.cat(heard)
     ranks, *columns = said.T.tolist()
-    for name, answers in zip(facts, columns, strict=True):
+    for name, answers in zip(facts, columns, strict=False):
         if len(set(answers)) > 1:
             alike = [sorted(r for r, x in zip(ranks, answers, strict=True) if x == each) for each in dict.fromkeys(answers)]
             parts = " and ".join(f"rank{'s' * (len(each) > 1)} {', '.join(map(str, each))}" for each in sorted(alike))

@@ -6,6 +6,7 @@ Legend: `B` batch, `L` tokens of this rank, `T` packed tokens of this rank, `Hq`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -14,12 +15,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
 
 from . import engine, kernels
+from .agree import asked, check_alike
 from .layouts import check_layout
 from .mask import Mask, check_cu_seqlens, check_window
-from .passes import kernel_for, shape_of
+from .passes import inner_of, kernel_for, shape_of
 from .plan import ALL_TO_ALL, check_transport
 from .recipe import Recipe, content, layout_of, mask_of
 from .scaling import best_transport, machine_of
@@ -69,15 +72,17 @@ class Options:
     def __post_init__(self) -> None:
         if self.dropout_p is None or not 0.0 <= self.dropout_p < 1.0:
             raise ValueError(f"dropout_p={self.dropout_p}: a probability in [0, 1) is allowed")
-        if not 0.0 <= self.softcap < float("inf"):
+        if self.softcap is None or not 0.0 <= self.softcap < float("inf"):
             raise ValueError(f"softcap={self.softcap}: give a positive number, or 0 for none")
         seed = self.dropout_seed
         if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 1 << 63):
             raise ValueError(f"dropout_seed={seed}: give an integer in [0, 2**63)")
-        if self.far is not None and self.far < 0:
+        if self.far is not None and not (isinstance(self.far, Integral) and self.far >= 0):
             raise ValueError(f"dist_threshold={self.far}: give a number of tokens >= 0")
-        if self.alibi_slopes is not None and self.alibi_slopes.requires_grad:
-            raise NotImplementedError("alibi_slopes have no gradient here: detach them")
+        for name in ("alibi_slopes", "softmax_scale"):
+            given = getattr(self, name)
+            if isinstance(given, Tensor) and given.requires_grad:
+                raise NotImplementedError(f"{name} has no gradient here: detach it")
         check_window(self.window_size)
 
 
@@ -128,7 +133,14 @@ def attend(
         ValueError: an argument is not as described.
         NotImplementedError: no kernel has what is asked for.
     """
-    rows = rows or Rows()
+    out, lse = out_and_lse(q, k, v, recipe, options, rows or Rows(), heads_may_travel)
+    return (out, lse, None) if options.return_attn_probs else out
+
+
+def out_and_lse(
+    q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, rows: Rows, heads_may_travel: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Both results of `attend` in any case; without `return_attn_probs` the log-sum-exp is not to be differentiated."""
     if torch.compiler.is_compiling():
         text, total, tables = _in_graph(q, k, v, recipe, options, rows)
     else:
@@ -146,7 +158,7 @@ def attend(
     out, lse, _ = engine.attention(q, k, v, *tables, *extras, *total, scale, _seed(options), text)
     if packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
-    return (out, lse, None) if options.return_attn_probs else out
+    return out, lse
 
 
 def _with_transport(
@@ -166,8 +178,12 @@ def _with_transport(
     cu_q, cu_k, slices = (content(table) for table in tables)
     mask = mask_of(recipe, *total, cu_q, cu_k, slices)
     held, shape = layout_of(recipe.layout, total[0], world, cu_q), shape_of(recipe, q, k, v)
-    travel = best_transport(mask, held, shape, *machine_of(q.device.type, world)) == ALL_TO_ALL
-    return replace(recipe, transport=ALL_TO_ALL) if travel else recipe
+    travelling = replace(recipe, transport=ALL_TO_ALL)
+    if best_transport(mask, held, shape, *machine_of(q.device.type, world)) == ALL_TO_ALL:
+        with suppress(NotImplementedError):
+            _check_kernel(q, k, v, travelling, options)
+            return travelling
+    return recipe
 
 
 def _slopes(q: Tensor, options: Options) -> Tensor | None:
@@ -192,7 +208,7 @@ def _in_graph(
     first = (recipe.batch0, recipe.head0) if options.dropout_p else (0, 0)  # symbols on a mesh of two dims; dropout alone looks
     own = (recipe.group, recipe.layout, recipe.transport, recipe.kernel, recipe.heads_stride, *first)
     left, right = options.window_size
-    seen = (options.causal, left, right, options.sinks, options.prefix, options.deterministic)
+    seen = (options.causal, left, right, options.sinks, options.prefix, options.deterministic, options.return_attn_probs)
     text = _text(*own, recipe.reduce_dtype, *seen, float(options.softcap), float(options.dropout_p), options.far)
     return text, (total_q, total_k), (rows.cu_seqlens_q, rows.cu_seqlens_k, None)
 
@@ -214,7 +230,7 @@ def _num_shards(group: str) -> int:
 def _text(*values: Any) -> str:
     """A recipe of these values as a string, made while a graph is traced."""
     own = ("group", "layout", "transport", "kernel", "heads_stride", "batch0", "head0", "reduce_dtype")
-    seen = ("causal", "left", "right", "sinks", "prefix", "deterministic", "softcap", "dropout", "far")
+    seen = ("causal", "left", "right", "sinks", "prefix", "deterministic", "returns_lse", "softcap", "dropout", "far")
     named = dict(zip((*own, *seen), values, strict=True))
     window = check_window((named.pop("left"), named.pop("right")))
     recipe = Recipe(**named, window=window)
@@ -277,9 +293,22 @@ def check(
     Returns:
         The whole recipe, the numbers of query and key tokens of the whole sequence, and the tables ``cu_q, cu_k, slices``.
     """
+    try:
+        return _checked(q, k, v, recipe, options, rows)
+    except (ValueError, NotImplementedError):
+        if asked():  # the others, who may not find it, wait for this rank's word
+            with suppress(ValueError):
+                check_alike(transport_of(recipe.group), {}, q.device)
+        raise
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, rows: Rows
+) -> tuple[Recipe, tuple[int, int], tuple[Tensor | None, ...]]:
     if any(isinstance(x, DTensor) for x in (q, k, v)):
         raise ValueError("DTensors: call a wrap_* op, which reads their placements, or pass x.to_local() of each")
     check_qkv(q, k, v)
+    check_differentiable(q, k, v)
     check_names(recipe)
     for name in ("causal", "deterministic"):
         if isinstance(given := getattr(options, name), str):
@@ -294,14 +323,25 @@ def check(
         softcap=float(options.softcap),
         dropout=float(options.dropout_p),
         far=options.far,
+        returns_lse=bool(options.return_attn_probs),
     )
+    for name, length in (("seq_len", rows.seq_len), ("seq_len_k", rows.seq_len_k)):
+        if length is not None and not (isinstance(length, Integral) and length >= 0):
+            raise ValueError(f"{name}={length!r}: give a number of tokens")
     total = whole_lengths(q, k, recipe.group, rows)
     cu_q, cu_k = host_table("cu_seqlens_q", rows.cu_seqlens_q), host_table("cu_seqlens_k", rows.cu_seqlens_k)
     slices = None if rows.slices is None else _slices(rows.slices, *total, recipe.parts)
     mask_of(recipe, *total, content(cu_q), content(cu_k), content(slices))
     _check_extras(q, k, options, total[1])
-    kernel_for(recipe, q, k, v, {"alibi": options.alibi_slopes is not None, "bias": options.bias is not None})
+    _check_kernel(q, k, v, recipe, options)
     return recipe, total, (cu_q, cu_k, slices)
+
+
+def _check_kernel(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options) -> None:
+    """NotImplementedError unless a kernel has what is asked for; where heads travel a log-sum-exp brings its gradient along."""
+    d_lse = options.return_attn_probs and inner_of(recipe, transport_of(recipe.group)) > 1
+    there = {"alibi": options.alibi_slopes is not None, "bias": options.bias is not None, "d_lse": d_lse}
+    kernel_for(recipe, q, k, v, there)
 
 
 def _check_extras(q: Tensor, k: Tensor, options: Options, total_k: int) -> None:
@@ -327,6 +367,9 @@ def _check_extras(q: Tensor, k: Tensor, options: Options, total_k: int) -> None:
         raise ValueError(f"q and k have {q.shape[-1]} features; piecewise attention takes two halves")
 
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """ValueError unless q, k and v fit together, with what came and what is allowed."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -342,10 +385,17 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{shapes}: the {q.shape[-2]} query heads must be a multiple of the {k.shape[-2]} key heads")
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         raise ValueError(f"{shapes}: head dims must be positive")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: give one floating dtype")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: give one floating dtype of {names}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: give one device")
+
+
+def check_differentiable(*tensors: Tensor) -> None:
+    """NotImplementedError under forward-mode differentiation, of which torch's custom ops know nothing: tangents would be zeros."""
+    if any(unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("forward-mode differentiation (jvp) of a sequence that ranks share: take gradients backward")
 
 
 def check_names(recipe: Recipe) -> None:
@@ -355,7 +405,7 @@ def check_names(recipe: Recipe) -> None:
     kernels.check_kernel(recipe.kernel)
     if recipe.transport == ALL_TO_ALL and is_grid(recipe.group):
         raise ValueError("transport='all_to_all' over a grid: heads travel within its teams anyway; say how rows go between them")
-    if recipe.heads_stride < 0:
+    if not isinstance(recipe.heads_stride, Integral) or recipe.heads_stride < 0:
         raise ValueError(f"heads_k_stride={recipe.heads_stride}: give a number of key heads >= 1, or 0 for all")
 
 

@@ -68,7 +68,7 @@ def attention(
     _check_rows(job, q, k)
     qs, (ks, vs) = job.shards(q, job.q_layout), (job.shards(x, job.k_layout) for x in (k, v))
     by_rank = zip(job.plans, qs, ks, vs, _extras(job, alibi, bias, sink), strict=True)
-    with torch.autocast(q.device.type, enabled=False):  # partial results are of the dtypes said here
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):  # partial results are of the dtypes said here
         results = job.transport.run([forward(job, *rank) for rank in by_rank])
     out, lse, kept = zip(*results, strict=True)
     return job.whole(out, job.q_layout), job.whole(lse, job.q_layout, dim=2), [x for each in kept for x in each]
@@ -87,7 +87,8 @@ def _facts(job: Job, qkv: Sequence[Tensor], scale: float, seed: int, tables: Seq
         "layout, transport, mask or options": str(replace(job.recipe, group="")),
         "seq_len": (job.q_layout.length, job.k_layout.length),
         "cu_seqlens": [None if x is None else x.tolist() for x in tables[:2]],
-        "the slices of their Mask": None if tables[2] is None else tables[2].tolist(),
+        # Of llama3's, whose transport is broadcast, a rank knows its own.
+        "the slices of their Mask": None if tables[2] is None or job.recipe.transport == "broadcast" else tables[2].tolist(),
         "which of alibi_slopes, bias and learnable_sink they pass": [x is not None for x in tables[3:]],
         "batch, heads or head dims": [(x.shape[0], *x.shape[2:]) for x in (q, k, v)],
         "dtype": q.dtype,
@@ -146,8 +147,8 @@ def _fake_kept(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
 
 def _held(recipe: Recipe, transport: Transport, inner: int, rank: int, total: int, cu_seqlens: Tensor | None) -> int:
     """Tokens of a rank's team, or of the rank where `inner` is 1; documents are looked at only if the layout needs them."""
-    if inner == transport.world_size:
-        return total
+    if inner == transport.world_size or isinstance(total, torch.SymInt):  # of any length: so many shards of one length
+        return total * inner // transport.world_size
     cu = content(cu_seqlens) if looks_at_documents(recipe.layout) else None
     return int(teams(layout_of(recipe.layout, int(total), transport.world_size, cu), inner).counts[rank // inner])
 
@@ -186,7 +187,7 @@ def attention_backward(
     ranks = range(len(job.plans))
     d_lses = [None for _ in ranks] if d_lse is None else job.shards(d_lse, job.q_layout, dim=2)
     d_out, q, k, v, out, lse, *kept = saved
-    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()  # as kernels take it; that of a sum has a stride of 0
+    d_out = d_out.contiguous()  # that of a sum has a stride of 0, and cuDNN keeps what it prepared for other strides
     by_rank = [job.shards(d_out, job.q_layout)]
     if kept:
         by_rank += [[x] * len(ranks) for x in (q, k, v, out, lse)]
@@ -198,7 +199,7 @@ def attention_backward(
         backward(job, job.plans[n], d_lses[n], [x[n] for x in by_rank], kept[n * own : n * own + own], extras[n], wants_bias)
         for n in ranks
     ]
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
         dq, dk, dv, d_bias, d_sink = zip(*job.transport.run(walks), strict=True)
     grads = [job.whole(dq, job.q_layout), job.whole(dk, job.k_layout), job.whole(dv, job.k_layout)]
     if wants_bias and bias is not None:

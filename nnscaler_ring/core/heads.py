@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .device import on_device
 from .geometry import coalesce
-from .layout import Layout
+from .layout import PACKINGS, Layout
 from .transport import Exchange, Wait
 from .walk import put, room, take
 
@@ -126,7 +126,7 @@ def team_of(layout: Layout, inner: int, rank: int, heads: int, heads_k: int) -> 
     return Team(rank, ranks, deal(heads, heads_k, inner), _places(layout, first, inner))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=PACKINGS)
 def teams(layout: Layout, inner: int) -> Layout:
     """The layout of the teams' tokens: each team holds what its ranks hold."""
     if inner == 1:
@@ -138,7 +138,7 @@ def teams(layout: Layout, inner: int) -> Layout:
     return Layout(runs, layout.length, layout.world_size // inner, layout.stride)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=PACKINGS)
 def _places(layout: Layout, first: int, inner: int) -> tuple[np.ndarray, ...]:
     team, number = teams(layout, inner), first // inner
     positions = team.positions(number)
@@ -205,12 +205,8 @@ def to_heads(packs: Sequence[Pack]) -> Generator[Exchange, Wait, list[Tensor]]:
     return results
 
 
-def to_tokens(packs: Sequence[Pack], heads: Sequence[int]) -> Generator[Exchange, Wait, list[list[Tensor]]]:
-    """The inverse: the team's tokens ``[B, rows, h, D]`` -> own tokens ``[B, L, H, D]``; shared key heads are added up in fp32.
-
-    Args:
-        heads: `H` of each pack.
-    """
+def to_tokens(packs: Sequence[Pack]) -> Generator[Exchange, Wait, list[list[Tensor]]]:
+    """The inverse: the team's tokens ``[B, rows, h, D]`` -> own tokens ``[B, L, H, D]``; shared key heads are added up in fp32."""
     outboxes = [[take(rows, place) for place in pack.team.places] for pack in packs for rows in [pack.rows()]]
     inboxes = []
     for pack, outbox in zip(packs, outboxes, strict=True):
@@ -222,8 +218,9 @@ def to_tokens(packs: Sequence[Pack], heads: Sequence[int]) -> Generator[Exchange
     wait = yield _exchange(packs, outboxes, inboxes)
     wait()
     results = []
-    for pack, inbox, number in zip(packs, inboxes, heads, strict=True):
+    for pack, inbox in zip(packs, inboxes, strict=True):
         n, batch, _ = inbox[0].shape
+        number = max(pack.heads(share)[1] for share in pack.team.shares)
         dtype = inbox[0].dtype if pack.kind == "q" else torch.promote_types(inbox[0].dtype, torch.float32)  # of what is added up
         whole = [inbox[0].new_zeros(batch, n, number, x.shape[3], dtype=dtype) for x in pack.tensors]
         for share, arrived in zip(pack.team.shares, inbox, strict=True):

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
+PACKINGS = 64
+"""Rows of documents for which masks, layouts and plans are kept: a million tokens of a thousand documents take up to 14 MB."""
+
 
 class Layout:
     """An immutable assignment of positions ``0 .. length-1`` to ranks, compared by content.

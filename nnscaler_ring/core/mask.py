@@ -61,7 +61,10 @@ class Mask:
         self, slices: Iterable[Sequence[int]], q_len: int, k_len: int | None = None, parts: Sequence[int] | np.ndarray | None = None
     ) -> None:
         k_len = q_len if k_len is None else k_len
-        table = np.array([tuple(Slice(*row)) for row in slices], dtype=np.int64).reshape(-1, 6)
+        rows = [tuple(Slice(*row)) for row in slices]
+        if wrong := next((row for row in rows if not all(isinstance(n, Integral) for n in row)), None):
+            raise ValueError(f"mask slice {wrong} is not of whole numbers; no limit is NO_LIMIT")
+        table = np.array(rows, dtype=np.int64).reshape(-1, 6)
         numbers = np.zeros(len(table), dtype=np.int64) if parts is None else np.asarray(parts)
         if numbers.shape != (len(table),) or numbers.dtype.kind not in "iu" or (numbers < 0).any():
             raise ValueError(f"parts={parts}: give a number >= 0 for each of the {len(table)} slices")
@@ -193,7 +196,7 @@ def build(
     """
     k_len = q_len if k_len is None else k_len
     left, right = check_window(window)
-    if sinks < 0 or prefix < 0:
+    if not all(isinstance(count, Integral) and count >= 0 for count in (sinks, prefix)):
         raise ValueError(f"sinks={sinks} and prefix={prefix} must be numbers of tokens >= 0")
     cu_q = check_cu_seqlens("cu_seqlens_q", [0, q_len] if cu_seqlens_q is None else cu_seqlens_q, q_len)
     if cu_seqlens_k is None:

@@ -211,7 +211,7 @@ def forward(job: Job, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, extras: E
     extras = _with_bias(extras, more, kept[2:])
     out, lse = yield from _attend(job, plan, mine, k_team.repeat(keys), k_team.repeat(values), extras, k_team.most)
     column = lse.transpose(1, 2).unsqueeze(3)
-    (all_out,), (all_lse,) = yield from to_tokens([Pack(q_team, "q", [x]) for x in (out, column)], [q.shape[2]] * 2)
+    (all_out,), (all_lse,) = yield from to_tokens([Pack(q_team, "q", [x]) for x in (out, column)])
     return all_out, all_lse.squeeze(3).transpose(1, 2).contiguous(), [*kept[:2], out, lse, *kept[2:]]
 
 
@@ -302,11 +302,13 @@ def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept:
     d_out, q, k, v, _, _ = saved
     heads, bias, sink = q.shape[2], extras.bias, extras.sink
     q_team, k_team = job.teams(plan, heads, k.shape[2])
-    d_lse = torch.zeros_like(d_out[..., 0], dtype=exact_dtype(q.dtype)).mT if d_lse is None else d_lse  # others may have one
-    packs = [Pack(q_team, "q", [d_out]), Pack(q_team, "q", [d_lse.mT.unsqueeze(3)])]
+    packs = [Pack(q_team, "q", [d_out])]
+    if job.recipe.returns_lse:  # others may have a gradient of it
+        d_lse = torch.zeros_like(d_out[..., 0], dtype=exact_dtype(q.dtype)).mT if d_lse is None else d_lse
+        packs.append(Pack(q_team, "q", [d_lse.mT.unsqueeze(3)]))
     came = yield from to_heads(packs)
-    (d_mine,), (column,) = (pack.split(rows) for pack, rows in zip(packs, came, strict=True))
-    d_lse = column.squeeze(3).mT
+    (d_mine,), *columns = (pack.split(rows) for pack, rows in zip(packs, came, strict=True))
+    d_lse = columns[0][0].squeeze(3).mT if columns else None
     (mine,), (keys, values) = Pack(q_team, "q", [q]).split(kept[0]), Pack(k_team, "k", [k, v]).split(kept[1])
     extras, more = _of_share(extras, q_team, heads)
     extras = _with_bias(extras, more, kept[4:])
@@ -317,7 +319,7 @@ def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept:
     packs = [Pack(q_team, "q", [dq.to(q.dtype)]), Pack(k_team, "k", [k_team.add_repeats(x).to(wire) for x in (dk, dv)])]
     if d_rows is not None:
         packs.append(Pack(q_team, "q", [d_rows.permute(1, 0, 2).unsqueeze(0)]))
-    (dq,), (dk, dv), *d_biases = yield from to_tokens(packs, [heads, k.shape[2], heads][: len(packs)])
+    (dq,), (dk, dv), *d_biases = yield from to_tokens(packs)
     if bias is not None and d_biases:
         d_rows = d_biases[0][0].squeeze(0).permute(1, 0, 2)
         d_rows = d_rows.sum(0, keepdim=True) if bias.shape[0] == 1 else d_rows
@@ -354,7 +356,8 @@ def _differentiate_attend(
                 part = _features(calls.part, job.recipe, q)
                 sums = (dq[:, :, heads, part], grads.k[..., part], grads.v)
                 seen = (of_q[heads.start, calls.part], of_k[calls.part], of_v)
-                grad = Grad(q[:, :, heads, part], *read, *sums, job.recipe.deterministic, bias, of_lse, seen)
+                plain = q[:, :, heads, part], *read, *sums
+                grad = Grad(*plain, deterministic=job.recipe.deterministic, d_bias=bias, d_lse=of_lse, seen=seen)
                 kernel.differentiate(grad, k[..., part], v, calls.spans, calls.window, here)
             for n, each in enumerate(of_k):
                 clear(grads.k[..., _features(n, job.recipe, q)], each)

@@ -27,7 +27,7 @@ import numpy as np
 
 from .chains import chains_of, rows_needed
 from .geometry import coalesce, join, overlaps, trim, union, visible, windows
-from .layout import Layout
+from .layout import PACKINGS, Layout
 from .mask import Mask
 from .steps import Calls, Message, RankPlan, Step
 
@@ -69,7 +69,7 @@ def check_transport(name: str) -> str:
     return name
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=2 * PACKINGS)
 def plan(mask: Mask, q: Layout, k: Layout, transport: str, rank: int) -> RankPlan:
     """The plan of one rank, cached by content.
 
@@ -95,7 +95,7 @@ def plan(mask: Mask, q: Layout, k: Layout, transport: str, rank: int) -> RankPla
     return _direct(mask, q, k, rank, TRANSPORTS[transport])
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=PACKINGS)
 def choose(mask: Mask, q: Layout, k: Layout) -> str:
     """``halo``, in one step, while no rank sends or receives more than a shard so; beyond that ``ring``.
 
@@ -107,7 +107,7 @@ def choose(mask: Mask, q: Layout, k: Layout) -> str:
     return "halo" if busiest <= k.counts.max() else "ring"
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=PACKINGS)
 def rows_given(mask: Mask, q: Layout, k: Layout) -> np.ndarray:
     """Rows that each rank sends where its rows go straight to all their readers: int64 ``[world_size]``."""
     chains = chains_of(mask, q, k, False)

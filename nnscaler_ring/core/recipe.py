@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import layouts, mask
-from .layout import Layout
+from .layout import PACKINGS, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class Recipe:
         far: keys so many tokens before a query or more are scored by the second half of q's and k's features; None for no halves.
         batch0, head0: numbers of the first batch row and head in the whole model, where ranks have others besides.
         reduce_dtype: name of the dtype in which gradients of keys and values travel; fp32 (float64 for float64) where empty.
+        returns_lse: the log-sum-exp is given out, so that it may have a gradient, on one rank or on all.
     """
 
     group: str = "local:1"
@@ -50,6 +51,7 @@ class Recipe:
     batch0: int = 0
     head0: int = 0
     reduce_dtype: str = ""
+    returns_lse: bool = True
 
     @property
     def parts(self) -> int:
@@ -67,12 +69,12 @@ class Recipe:
         return Recipe(**{**fields, "window": tuple(fields["window"])})
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=PACKINGS)
 def mask_of(recipe: Recipe, q_len: int, k_len: int, cu_q: bytes | None, cu_k: bytes | None, slices: bytes | None) -> mask.Mask:
     """The mask of a recipe over packed documents, or the slices given instead; tables as int64 bytes."""
     if slices is not None:
         table = np.frombuffer(slices, dtype=np.int64).reshape(-1, 7)
-        return mask.Mask(table[:, :6], q_len, k_len, table[:, 6])
+        return mask.Mask.trusted(table[:, :6].copy(), q_len, k_len, table[:, 6])  # they were those of a Mask
     return mask.build(
         *(q_len, k_len),
         causal=recipe.causal,
@@ -85,7 +87,7 @@ def mask_of(recipe: Recipe, q_len: int, k_len: int, cu_q: bytes | None, cu_k: by
     )
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=PACKINGS)
 def layout_of(name: str, length: int, world_size: int, cu_seqlens: bytes | None = None) -> Layout:
     """The layout called `name`, cached; `cu_seqlens` as int64 bytes."""
     return layouts.build(name, length, world_size, None if cu_seqlens is None else np.frombuffer(cu_seqlens, dtype=np.int64))

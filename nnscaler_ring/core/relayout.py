@@ -15,12 +15,12 @@ from torch import Tensor, library
 
 from .agree import asked, check_alike
 from .device import on_device
-from .layout import Layout
+from .layout import PACKINGS, Layout
 from .recipe import content, layout_of
 from .transport import Exchange, Walk, transport_of
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=PACKINGS)
 def _moves(source: Layout, target: Layout, rank: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Rows to send to each rank and rows to fill from each rank, both in the order of the receiver's rows."""
     peer, row = target.owner()
@@ -61,7 +61,7 @@ def _indices(rows: Sequence[np.ndarray], device: torch.device) -> Sequence[Tenso
 @library.custom_op(
     "nnscaler_ring::relayout",
     mutates_args=(),
-    schema="(Tensor[] tensors, Tensor? cu_seqlens, int total, str source, str target, str group) -> Tensor[]",
+    schema="(Tensor[] tensors, Tensor? cu_seqlens, SymInt total, str source, str target, str group) -> Tensor[]",
 )
 def relayout(
     tensors: Sequence[Tensor], cu_seqlens: Tensor | None, total: int, source: str, target: str, group: str
@@ -97,6 +97,8 @@ def relayout(
 
 @relayout.register_fake
 def _(tensors: Sequence[Tensor], cu_seqlens: Tensor | None, total: int, source: str, target: str, group: str) -> list[Tensor]:
+    if isinstance(total, torch.SymInt):  # so many shards like this one, which without documents every layout can hold
+        return [torch.empty_like(x) for x in tensors]
     transport = transport_of(group)
     (rank,) = transport.ranks
     rows = layout_of(target, total, transport.world_size, content(cu_seqlens)).counts[rank]
@@ -104,20 +106,12 @@ def _(tensors: Sequence[Tensor], cu_seqlens: Tensor | None, total: int, source: 
 
 
 def _save_relayout(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _, ctx.cu_seqlens, ctx.total, ctx.source, ctx.target, ctx.group = inputs
-    ctx.like = [(x.shape, x.dtype, x.device) for x in output]
+    _, cu_seqlens, ctx.total, ctx.source, ctx.target, ctx.group = inputs
+    ctx.save_for_backward(cu_seqlens)
 
 
-def _undo_relayout(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    like = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
-    back = relayout(
-        [zero if g is None else g for g, zero in zip(grads, like, strict=True)],
-        ctx.cu_seqlens,
-        ctx.total,
-        ctx.target,
-        ctx.source,
-        ctx.group,
-    )
+def _undo_relayout(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    back = relayout(grads, *ctx.saved_tensors, ctx.total, ctx.target, ctx.source, ctx.group)
     return back, None, None, None, None, None
 
 
@@ -143,7 +137,7 @@ def _gather(layout: Layout, inner: int, rank: int, x: Tensor) -> Walk:
     return x.index_select(1, on_device(np.argsort(order), x.device))
 
 
-_GATHER = "(Tensor x, Tensor? cu_seqlens, int total, str layout, str group) -> Tensor"
+_GATHER = "(Tensor x, Tensor? cu_seqlens, SymInt total, str layout, str group) -> Tensor"
 
 
 @library.custom_op("nnscaler_ring::gather", mutates_args=(), schema=_GATHER)
@@ -173,12 +167,13 @@ def _(x: Tensor, cu_seqlens: Tensor | None, total: int, layout: str, group: str)
 
 
 def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.cu_seqlens, ctx.total, ctx.layout, ctx.group = inputs
+    _, cu_seqlens, ctx.total, ctx.layout, ctx.group = inputs
+    ctx.save_for_backward(cu_seqlens)
 
 
 def _own_rows(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     transport = transport_of(ctx.group)
-    held = layout_of(ctx.layout, ctx.total, transport.world_size, content(ctx.cu_seqlens))
+    held = layout_of(ctx.layout, ctx.total, transport.world_size, content(*ctx.saved_tensors))
     return grad.index_select(1, on_device(held.positions(transport.ranks[0]), grad.device)), None, None, None, None
 
 

@@ -18,7 +18,7 @@ from .chains import rows_needed
 from .cost import TILE, step_tiles, tiles
 from .geometry import overlaps
 from .heads import Share, deal, teams
-from .layout import Layout
+from .layout import PACKINGS, Layout
 from .mask import Mask
 from .plan import ALL_TO_ALL, choose, plan, rows_given, rows_sent
 from .steps import RankPlan, Step
@@ -328,7 +328,7 @@ def head_bytes(shape: Shape, shares: Sequence[Share], held: Layout) -> tuple[lis
 # -- which transport ---------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=PACKINGS)
 def row_transport(mask: Mask, held: tuple[Layout, Layout], shape: Shape, machine: tuple[Speed, Network], backward: bool) -> str:
     """What ``auto`` is in one pass: as `plan.choose` says, but a ring whose groups grow where merges take longer than waits would.
 
@@ -353,7 +353,7 @@ def row_transport(mask: Mask, held: tuple[Layout, Layout], shape: Shape, machine
     return min(seconds, key=lambda way: seconds[way])
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=PACKINGS)
 def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network: Network) -> str:
     """``all_to_all`` if it clearly takes less time for both passes than moving keys and values as `plan.choose` says, else that.
 

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from .layout import PACKINGS
 from .mask import NO_LIMIT, band_area
 
 
@@ -135,7 +136,7 @@ class RankPlan:
         return "\n".join(lines)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=2 * PACKINGS)
 def among(plan: RankPlan, inner: int, place: int) -> RankPlan:
     """The plan of a team, for the rank at `place` in it: ranks of the plan become ranks of the grid."""
     if inner == 1:

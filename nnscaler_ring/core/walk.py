@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .device import on_device
 from .steps import Message, RankPlan, Step
 from .transport import Exchange, Wait, Walk
 
@@ -62,8 +63,14 @@ class Rows:
         return Rows(torch.empty_like(self.data, dtype=dtype), self.heads, self.dims)
 
 
+MANY = 8
+"""Intervals from which their rows are taken and put by an index, not one by one."""
+
+
 def take(data: Tensor, rows: np.ndarray) -> Tensor:
     """The rows of some intervals, contiguous: a view where it is one interval."""
+    if len(rows) > MANY:
+        return data.index_select(0, _index(rows, data.device))
     parts = [data[lo:hi] for lo, hi in rows.tolist()]
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else data[:0]
 
@@ -75,11 +82,22 @@ def room(data: Tensor, rows: np.ndarray) -> Tensor:
 
 def put(data: Tensor, rows: np.ndarray, part: Tensor, add: bool = False) -> None:
     """Store rows at some intervals, or add them to what is there."""
+    if len(rows) > MANY:
+        at, part = _index(rows, data.device), part.to(data.dtype)
+        _ = data.index_add_(0, at, part) if add else data.index_copy_(0, at, part)
+        return
     start = 0
     for lo, hi in rows.tolist():
         into, piece = data[lo:hi], part[start : start + hi - lo]
         _ = into.add_(piece) if add else into.copy_(piece)
         start += hi - lo
+
+
+def _index(rows: np.ndarray, device: torch.device) -> Tensor:
+    """The rows of some intervals one by one."""
+    first, end = rows.T
+    before = np.cumsum(end - first) - (end - first)
+    return on_device(np.arange((end - first).sum()) + np.repeat(first - before, end - first), device)
 
 
 def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: Rows | None, wire: torch.dtype | None = None) -> Walk:

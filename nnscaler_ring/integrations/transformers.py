@@ -27,8 +27,8 @@ from . import families
 IGNORED = -100
 """The label of a token without a loss."""
 
-REMEMBERED = 8
-"""Batches whose documents are remembered."""
+REMEMBERED = 16
+"""Tensors that told of documents and are remembered, two a batch of `shard_batch`."""
 
 
 class Attention:
@@ -222,7 +222,7 @@ class Attention:
             return torch.from_numpy(_starts(position_ids.cpu().numpy())) if cu_seqlens is None else cu_seqlens
         documents = None if cu_seqlens is None else self._told(cu_seqlens)
         length = None if cu_seqlens is None else int(cu_seqlens[-1])
-        if length is None and cp._uneven:
+        if length is None and tokens in cp._uneven:
             raise ValueError(f"ranks with different numbers of tokens: pass cu_seq_lens_q, [0, S] for one sequence. {_TOLD}")
         row = cp.unshard(position_ids.contiguous(), 1, documents, length).cpu().numpy()
         held = [cp._layout(row.shape[1], documents).positions(rank) for rank in range(cp.world_size)]

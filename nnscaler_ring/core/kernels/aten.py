@@ -119,7 +119,7 @@ class AtenCuda(Packed):
             return out.transpose(1, 2), lse.reshape(lse.shape[:3])
         sizes = (call.cu_q, call.cu_k, *call.most)
         out, lse, *_ = aten._flash_attention_forward(q, k, v, *sizes, 0.0, False, False, scale=call.scale, **_sides(call.window))
-        return out, lse
+        return out, call.cut(lse) if call.cu_q is not None and _pads() else lse
 
     def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
         sizes = (call.cu_q, call.cu_k, *call.most)
@@ -130,14 +130,17 @@ class AtenCuda(Packed):
             backward = aten._scaled_dot_product_cudnn_attention_backward
             grads = backward(*heads_first, lse, seed, seed, None, *sizes, 0.0, causal, scale=call.scale)
             return [x.transpose(1, 2) for x in grads]
+        read = read._replace(lse=call.padded(read.lse)) if call.cu_q is not None and _pads() else read
         state = torch.zeros(2, dtype=torch.int64, device=read.q.device)
         with _deterministic(call.deterministic):
             backward = aten._flash_attention_backward
             return backward(*read[:6], *sizes, 0.0, False, state, state[:0], scale=call.scale, **_sides(call.window))
 
 
-LONG = 1024
-"""Rows and keys from which a span is worth a call of cuDNN's own; not measured."""
+LONG, UNIT = 1024, 128
+"""Rows and keys from which a span is worth a call of cuDNN's own, not measured, and what they are multiples of: a call of another
+size takes it half a second to prepare, for each length of a document (FunASR#3704), and sizes that are not have been wrong
+(pytorch#196678)."""
 
 
 def suits_cudnn(q: Tensor, size: tuple[int, int], window: Window, deterministic: bool) -> bool:
@@ -148,7 +151,7 @@ def suits_cudnn(q: Tensor, size: tuple[int, int], window: Window, deterministic:
     9.10.0 and 9.10.1. ``torch.backends.cuda.enable_cudnn_sdp(False)`` turns it off.
     """
     kind = window == (-1, -1) or (window == (-1, 0) and size[0] == size[1])
-    if not kind or deterministic or min(size) < LONG or q.shape[-1] > 128:
+    if not kind or deterministic or min(size) < LONG or size[0] % UNIT or size[1] % UNIT or q.shape[-1] > 128:
         return False
     return _has_cudnn() and torch.backends.cuda.cudnn_sdp_enabled()
 
@@ -157,6 +160,12 @@ def _has_cudnn() -> bool:
     """A GPU and a cuDNN for which it is the faster one."""
     new = torch.version.hip is None and torch.cuda.get_device_capability()[0] in (9, 10)
     return new and (torch.backends.cudnn.version() or 0) >= 91002
+
+
+@lru_cache(maxsize=1)
+def _pads() -> bool:
+    """Whether torch has a flash-attn that pads the log-sum-exp of many spans, as 2.6 does."""
+    return aten._flash_attention_forward.default._schema.returns[2].name == "philox_seed"
 
 
 @lru_cache(maxsize=1)

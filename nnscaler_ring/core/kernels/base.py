@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -200,6 +200,7 @@ class Grad:
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    _: KW_ONLY
     deterministic: bool = False
     d_bias: Tensor | None = None
     d_lse: Tensor | None = None

@@ -13,11 +13,9 @@ from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..device import on_device
 from .base import Case
 from .installed import Library, capability, parameters
 from .packed import Call, Packed, Read
@@ -120,18 +118,14 @@ class FlashAttn2(FlashAttn):
             raise self.package.unknown(f"{len(results)} results")
         lse = results[5 if len(results) == 8 else 1]
         if not single and _pads(forward):
-            lse = lse.transpose(1, 2).flatten(0, 1).index_select(0, _filled(call, lse.shape[2], lse.device)).T
+            lse = call.cut(lse)
         return results[0], lse.masked_fill(lse == torch.inf, -torch.inf)
 
     def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
         module, single = self.package.loaded(), call.cu_q is None
         _, backward = _dense(module) if single else _varlen(module)
-        lse = read.lse
-        if not single and _pads(backward):
-            padded = lse.new_zeros(len(call.num_q) * call.most[0], lse.shape[0])
-            padded.index_copy_(0, _filled(call, call.most[0], lse.device), lse.T)
-            lse = padded.unflatten(0, (-1, call.most[0])).transpose(1, 2).contiguous()
-        return self.in_place(backward, call, read._replace(lse=lse), not single)
+        read = read if single or not _pads(backward) else read._replace(lse=call.padded(read.lse))
+        return self.in_place(backward, call, read, not single)
 
 
 def _dense(module: Any) -> tuple[Any, Any]:
@@ -145,8 +139,3 @@ def _varlen(module: Any) -> tuple[Any, Any]:
 def _pads(function: Any) -> bool:
     """Whether the log-sum-exp of many spans is padded: as long as there was no soft cap."""
     return "softcap" not in parameters(function)
-
-
-def _filled(call: Call, most: int, device: torch.device) -> Tensor:
-    """The numbers of the rows that are there, of spans padded to `most` rows each."""
-    return on_device(np.concatenate([n * most + np.arange(count) for n, count in enumerate(call.num_q)]), device)

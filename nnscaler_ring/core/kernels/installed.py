@@ -82,8 +82,8 @@ class Library:
             raise NotImplementedError(f"{self.release} is older than {self.minimum}")
         try:
             return import_module(self.module)
-        except (ImportError, OSError, RuntimeError) as why:
-            raise NotImplementedError(f"{self.release} cannot be imported: {why}") from why
+        except Exception as why:  # an AssertionError where a compiled part is missing, an AttributeError beside another release
+            raise NotImplementedError(f"{self.release} cannot be imported: {why!r}") from why
 
     def check(self, function: Callable[..., Any], given: frozenset[str]) -> None:
         """NotImplementedError unless `function` has the parameters in `given`, and wants no others that are not known."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,21 @@ class Call:
     def most(self) -> tuple[int, int]:
         """Rows and keys of the longest spans."""
         return max(self.num_q), max(self.num_k)
+
+    def cut(self, lse: Tensor) -> Tensor:
+        """The log-sum-exp of padded spans ``[n, H, rows]``, as flash-attn had it before 2.6, as ``[H, T]``."""
+        return lse.transpose(1, 2).flatten(0, 1).index_select(0, self._filled(lse.shape[2], lse.device)).T
+
+    def padded(self, lse: Tensor) -> Tensor:
+        """The inverse."""
+        most = self.most[0]
+        rows = lse.new_zeros(len(self.num_q) * most, lse.shape[0])
+        rows.index_copy_(0, self._filled(most, lse.device), lse.T)
+        return rows.unflatten(0, (-1, most)).transpose(1, 2).contiguous()
+
+    def _filled(self, most: int, device: torch.device) -> Tensor:
+        """The numbers of the rows that are there, of spans padded to `most` rows each."""
+        return on_device(np.concatenate([n * most + np.arange(count) for n, count in enumerate(self.num_q)]), device)
 
 
 class Read(NamedTuple):
@@ -164,7 +180,14 @@ class Packing:
 
 def bounds(counts: Sequence[int], like: Tensor) -> Tensor:
     """int32 boundaries of rows end to end, on the device of `like` without a sync."""
-    return on_device(np.cumsum([0, *counts], dtype=np.int32), like.device)
+    return _held(tuple(counts), like.device.type).to(like.device, non_blocking=True)
+
+
+@lru_cache(maxsize=256)
+def _held(counts: tuple[int, ...], device: str) -> Tensor:
+    """Boundaries in memory that the device can read."""
+    table = torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32))
+    return table.pin_memory() if device == "cuda" else table
 
 
 def pad(*tensors: Tensor, width: int | None = None) -> list[Tensor]:
