@@ -320,7 +320,7 @@ def _text(setup: Setup, kernel: str, rows: Mapping[str, Sequence[Row]], products
         f"in brackets over the {_speed(setup, products):.3g} of a product of {side} matrices. Calls and merges: forward, of the",
         f"busiest rank. MB: what rank {setup.ranks // 2} allocates at most besides its inputs. Bold: this package; the others are",
         f"the algorithms of today. Relative root mean square difference of all results to the dense ones: {worst:.1g} at most.",
-        *(["Host: time to send a rank's work over the time that it takes, at most; a GPU without a lead waits from 100% on."] * cuda),
+        *(["Host: time to send a rank's work over the time that it takes, at most; a GPU without a lead waits from 100%."] * cuda),
         *([f"\nNot measured: {', '.join(missing)}."] if missing else []),
     ]
     made = markdown(_header(setup), [row for name in setup.masks for row in rows.get(name, ())])
