@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .annotations import nnscaler
 from .annotations.spec import SPECS
-from .core.call import Group, Options, Rows, attend, check_qkv, group_name
+from .core.call import Group, Options, Rows, check_qkv, group_name, out_and_lse
 from .core.recipe import Recipe
 from .core.relayout import relayout
 from .ops import (
@@ -268,8 +268,8 @@ def zigzag_attention(
     recipe = Recipe(group=name, layout=_PER_DOCUMENT, transport="all_gather")
     rows = Rows(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     options = options_of(given, alibi_slopes=alibi_slopes)
-    result = attend(q, k, v, recipe, options, rows)
-    return (result[0], result[1]) if given.return_attn_probs else result[0]
+    out, lse = out_and_lse(q, k, v, recipe, options, rows)
+    return (out, lse) if given.return_attn_probs else out
 
 
 # -- Transformer Engine ----------------------------------------------------------------------------------------------------------

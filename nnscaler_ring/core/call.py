@@ -22,6 +22,7 @@ from . import engine, kernels
 from .agree import asked, check_alike
 from .layouts import check_layout
 from .mask import Mask, check_cu_seqlens, check_window
+from .merge import exact_dtype
 from .passes import inner_of, kernel_for, shape_of
 from .plan import ALL_TO_ALL, check_transport
 from .recipe import Recipe, content, layout_of, mask_of
@@ -187,7 +188,7 @@ def _with_transport(
 
 
 def _slopes(q: Tensor, options: Options) -> Tensor | None:
-    exact = torch.promote_types(q.dtype, torch.float32)
+    exact = exact_dtype(q.dtype)
     return None if options.alibi_slopes is None else torch.atleast_2d(options.alibi_slopes).to(exact)
 
 
@@ -277,7 +278,7 @@ def total_attention(q: Tensor, k: Tensor, lse: Tensor, recipe: Recipe, options: 
 
 def _exactly(recipe: Recipe, options: Options, qkv: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in the dtype of partial results where the kernel takes it: one that was asked for by its name may not."""
-    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)).contiguous() for x in qkv)
+    q, k, v = (x.to(exact_dtype(x.dtype)).contiguous() for x in qkv)
     try:
         kernel_for(recipe, q, k, v, {"alibi": options.alibi_slopes is not None, "bias": options.bias is not None})
     except NotImplementedError:

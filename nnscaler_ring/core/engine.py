@@ -16,7 +16,8 @@ from torch import Tensor, library
 from .agree import asked, check_alike
 from .heads import deal, teams
 from .layouts import looks_at_documents
-from .passes import Extras, Job, backward, exact_dtype, forward, inner_of, job_of
+from .merge import exact_dtype
+from .passes import Extras, Job, backward, forward, inner_of, job_of
 from .recipe import Recipe, content, layout_of
 from .transport import LocalTransport, Transport, transport_of
 

@@ -1,4 +1,4 @@
-"""Layouts as data: which rank holds which positions, as runs ``(rank, start, count, stride)``, with an exact inverse.
+"""Layouts as data: which rank holds which positions, as runs ``(rank, start, count)`` of one stride, with an exact inverse.
 
 Eight tokens (columns) over two ranks (rows), and two documents of 3 and 5 tokens for the last two::
 

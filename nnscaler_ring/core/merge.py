@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of partial results and gradients: fp32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
     """Merge a result into `out` ``[B, L, H, Dv]`` and `lse` ``[B, L, H, 1]`` in place; ``-inf`` in both leaves a row as it is.
 
@@ -67,7 +72,7 @@ def update_out_and_lse(
         >>> out[0, 0, 0, 0].item()
         0.5
     """
-    dtype = torch.promote_types(block_out.dtype, torch.float32)
+    dtype = exact_dtype(block_out.dtype)
     column = block_lse.transpose(-2, -1).unsqueeze(-1).to(dtype)
     block_out = block_out.masked_fill(column == float("-inf"), 0.0)
     if out is None or lse is None:

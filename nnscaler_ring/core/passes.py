@@ -20,13 +20,13 @@ from .heads import Pack, Team, team_of, teams, to_heads, to_tokens
 from .kernels import Case, Grad, Kernel, Scores
 from .kernels.base import clear
 from .layout import Layout
-from .merge import merge_
+from .merge import exact_dtype, merge_
 from .plan import ALL_TO_ALL, plan
 from .recipe import Recipe, content, layout_of, mask_of
 from .scaling import Shape, machine_of, row_transport
 from .steps import Calls, RankPlan, Step, among
 from .transport import Exchange, LocalTransport, Transport, Wait, transport_of
-from .walk import Rows, Visit, staggered, walk
+from .walk import KV, Visit, staggered, walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +59,6 @@ class Job:
             return shards[0]
         order = torch.cat([_index(rows, rank, shards[0].device) for rank in self.transport.ranks])
         return torch.cat(list(shards), dim).index_select(dim, torch.argsort(order))
-
-    def wire(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which gradients of keys and values of a dtype travel; sums are of `exact_dtype` dtype in any case."""
-        named: torch.dtype | None = getattr(torch, self.recipe.reduce_dtype, None)
-        return named or exact_dtype(dtype)
 
     def teams(self, plan: RankPlan, heads: int, heads_k: int) -> tuple[Team, Team]:
         """With whom a rank exchanges its queries, and its keys and values, for heads."""
@@ -166,9 +161,8 @@ def job_of(
 
 def shape_of(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor) -> Shape:
     """The layer of q, k and v, ``[B, L, H, D]`` or packed ``[T, H, D]``, as `scaling` takes it."""
-    gradient = getattr(torch, recipe.reduce_dtype, None) or exact_dtype(q.dtype)
     sizes = {"heads": q.shape[-2], "heads_k": k.shape[-2], "dim": q.shape[-1], "dim_v": v.shape[-1]}
-    return Shape(**sizes, batch=q.shape[0] if q.dim() == 4 else 1, element=q.dtype.itemsize, gradient=gradient.itemsize)
+    return Shape(**sizes, batch=q.shape[0] if q.dim() == 4 else 1, element=q.dtype.itemsize, gradient=recipe.wire(q.dtype).itemsize)
 
 
 def _heads(stride: int, heads: int, heads_k: int, most: int) -> list[tuple[slice, slice]]:
@@ -189,11 +183,6 @@ def kernel_for(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[
 def _kernel(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Extras, d_lse: Tensor | None = None) -> Kernel:
     there = {"alibi": extras.alibi, "bias": extras.bias, "d_lse": d_lse}
     return kernel_for(recipe, q, k, v, {name: x is not None for name, x in there.items()})
-
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of partial results and gradients: fp32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 Forward = Generator[Exchange, Wait, tuple[Tensor, Tensor, list[Tensor]]]
@@ -248,7 +237,7 @@ def _attend(
     def visit(heads: slice) -> Visit:
         mine = scores.of_heads(heads)
 
-        def run(step: Step, k: Tensor, v: Tensor, grads: Rows | None) -> None:
+        def run(step: Step, k: Tensor, v: Tensor, grads: KV | None) -> None:
             here = replace(mine, k_at=k_at.get(step)) if k_at else mine
             for calls in step.calls if k.shape[2] else ():
                 part = _features(calls.part, job.recipe, q)
@@ -260,7 +249,7 @@ def _attend(
     if k.shape[2]:
         kernel = _kernel(job.recipe, q, k, v, extras)
     split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
-    yield from staggered([walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), None) for hq, hk in split])
+    yield from staggered([walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), None, None) for hq, hk in split])
     if extras.sink is not None:  # one more key, without a value
         sink = extras.sink.to(exact).view(-1, 1)
         out *= torch.sigmoid(lse - sink).nan_to_num_(nan=0.0)  # -inf less -inf: there is nothing
@@ -315,7 +304,7 @@ def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept:
     read = (d_mine, mine, k_team.repeat(keys), k_team.repeat(values), *kept[2:4])
     dq, dk, dv, d_rows, d_logits = yield from _differentiate_attend(job, plan, d_lse, read, extras, d_bias, k_team.most)
     assert dq is not None and dk is not None and dv is not None
-    wire = job.wire(k.dtype) if k_team.shared or job.recipe.reduce_dtype else k.dtype
+    wire = job.recipe.wire(k.dtype) if k_team.shared or job.recipe.reduce_dtype else k.dtype
     packs = [Pack(q_team, "q", [dq.to(q.dtype)]), Pack(k_team, "k", [k_team.add_repeats(x).to(wire) for x in (dk, dv)])]
     if d_rows is not None:
         packs.append(Pack(q_team, "q", [d_rows.permute(1, 0, 2).unsqueeze(0)]))
@@ -346,7 +335,7 @@ def _differentiate_attend(
         whole = d_bias is None or d_bias.shape[0] == 1
         bias = d_bias if whole or d_bias is None else d_bias[heads]
 
-        def run(step: Step, k: Tensor, v: Tensor, grads: Rows | None) -> None:
+        def run(step: Step, k: Tensor, v: Tensor, grads: KV | None) -> None:
             assert grads is not None
             of_k, of_v = [np.zeros(k.shape[1], dtype=bool) for _ in range(parts)], np.zeros(k.shape[1], dtype=bool)
             here = replace(mine, k_at=k_at.get(step)) if k_at else mine
@@ -372,9 +361,9 @@ def _differentiate_attend(
     split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
     of_q = {(hq.start, n): np.zeros(q.shape[1], dtype=bool) for hq, _ in split for n in range(parts)}
     for hq, hk in split:
-        home = Rows.make(k.shape[1], k[:, :, hk], v[:, :, hk], exact)
+        home = KV.make(k.shape[1], k[:, :, hk], v[:, :, hk], exact)
         homes.append(home)
-        walks.append(walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), home, job.wire(k.dtype)))
+        walks.append(walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), home, job.recipe.wire(k.dtype)))
     yield from staggered(walks)
     for hq, _ in split:
         for n in range(parts):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import layouts, mask
 from .layout import PACKINGS, Layout
+from .merge import exact_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,10 @@ class Recipe:
     def parts(self) -> int:
         """In how many the features of q and k are divided."""
         return 1 if self.far is None else 2
+
+    def wire(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which gradients of keys and values of a dtype travel; sums are of `exact_dtype` dtype in any case."""
+        return getattr(torch, self.reduce_dtype) if self.reduce_dtype else exact_dtype(dtype)
 
     @lru_cache(maxsize=4096)  # noqa: B019
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ from .agree import asked, check_alike
 from .device import on_device
 from .layout import PACKINGS, Layout
 from .recipe import content, layout_of
-from .transport import Exchange, Walk, transport_of
+from .transport import Exchange, Transport, Walk, transport_of
 
 
 @lru_cache(maxsize=PACKINGS)
@@ -72,27 +72,30 @@ def relayout(
         tensors: shards in the source layout; all travel in one exchange.
         cu_seqlens: document boundaries for the layouts that cut each document.
         total: tokens of the whole sequence.
-        source, target: names in `layouts.LAYOUTS`.
+        source, target: names in `layouts.LAYOUTS`, or strings of `layouts.name_of`.
         group: name of the process group.
     """
     transport = transport_of(group)
     if transport.inner > 1:
         raise ValueError(f"relayout from {source!r} to {target!r} over a grid: ranks of different teams and places share no group")
     cu = content(cu_seqlens)
-    before, after = (layout_of(name, total, transport.world_size, cu) for name in (source, target))
-    (rank,) = transport.ranks
+    before = _held(transport, tensors, cu, total, (source, target))
+    after = layout_of(target, total, transport.world_size, cu)
+    (moved,) = transport.run([_relayout(before, after, transport.ranks[0], tensors)])
+    return moved
+
+
+def _held(transport: Transport, tensors: Sequence[Tensor], cu: bytes | None, total: int, names: Sequence[str]) -> Layout:
+    """The layout of the first of these names, of which the tensors must be this rank's shards; ValueError where they are not."""
+    held, (rank,) = layout_of(names[0], total, transport.world_size, cu), transport.ranks
+    wrong = next((x.shape[1] for x in tensors if x.shape[1] != held.counts[rank]), None)
     if asked():
         shapes = [(x.shape[0], *x.shape[2:], x.dtype) for x in tensors]
-        fits = all(x.shape[1] == before.counts[rank] for x in tensors)
-        facts = {"batch, heads, head dims or dtype": shapes, "layout": (source, target), "seq_len": total, "cu_seqlens": cu}
-        check_alike(transport, facts | {"whether their tokens are as many as the layout gives": fits}, tensors[0].device)
-    for x in tensors:
-        if x.shape[1] != before.counts[rank]:
-            raise ValueError(
-                f"rank {rank} passed {x.shape[1]} tokens; layout {source!r} of {total} tokens gives it {before.counts[rank]}"
-            )
-    (moved,) = transport.run([_relayout(before, after, rank, tensors)])
-    return moved
+        facts = {"batch, heads, head dims or dtype": shapes, "layout": names, "seq_len": total, "cu_seqlens": cu}
+        check_alike(transport, facts | {"whether their tokens are as many as the layout gives": wrong is None}, tensors[0].device)
+    if wrong is not None:
+        raise ValueError(f"rank {rank} passed {wrong} tokens; layout {names[0]!r} of {total} tokens gives it {held.counts[rank]}")
+    return held
 
 
 @relayout.register_fake
@@ -148,16 +151,8 @@ def gather(x: Tensor, cu_seqlens: Tensor | None, total: int, layout: str, group:
     ``DTensor.full_tensor`` takes it.
     """
     transport = transport_of(group)
-    held = layout_of(layout, total, transport.world_size, content(cu_seqlens))
-    (rank,) = transport.ranks
-    if asked():
-        facts = {"batch, heads, head dims or dtype": (x.shape[0], *x.shape[2:], x.dtype), "layout": layout, "seq_len": total}
-        facts |= {"cu_seqlens": content(cu_seqlens)}
-        fits = x.shape[1] == held.counts[rank]
-        check_alike(transport, facts | {"whether their tokens are as many as the layout gives": fits}, x.device)
-    if x.shape[1] != held.counts[rank]:
-        raise ValueError(f"rank {rank} passed {x.shape[1]} tokens; layout {layout!r} of {total} gives it {held.counts[rank]}")
-    (whole,) = transport.run([_gather(held, transport.inner, rank, x)])
+    held = _held(transport, [x], content(cu_seqlens), total, (layout,))
+    (whole,) = transport.run([_gather(held, transport.inner, transport.ranks[0], x)])
     return whole
 
 

@@ -115,7 +115,7 @@ class RankPlan:
 
     @property
     def grad_rows_sent(self) -> int:
-        """Rows of dK/dV (fp32) that go to other ranks in the backward pass."""
+        """Rows of dK/dV that go to other ranks in the backward pass."""
         onward = sum(m.size for a, b in zip(self.steps, self.steps[1:], strict=False) if a.relays for m in b.send)
         return onward + sum(m.size for step in self.steps for m in step.home_send if m.peer != self.rank)
 

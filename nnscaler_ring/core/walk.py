@@ -17,11 +17,11 @@ from .device import on_device
 from .steps import Message, RankPlan, Step
 from .transport import Exchange, Wait, Walk
 
-Visit = Callable[[Step, Tensor, Tensor, "Rows | None"], None]
+Visit = Callable[[Step, Tensor, Tensor, "KV | None"], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class KV:
     """Packed rows ``[n, B, Hk * (D + Dv)]`` of keys and values, or of their gradients."""
 
     data: Tensor
@@ -29,7 +29,7 @@ class Rows:
     dims: tuple[int, int]
 
     @classmethod
-    def make(cls, size: int, k: Tensor, v: Tensor, dtype: torch.dtype) -> Rows:
+    def make(cls, size: int, k: Tensor, v: Tensor, dtype: torch.dtype) -> KV:
         """Uninitialised rows for keys and values like k and v."""
         width = k.shape[2] * (k.shape[3] + v.shape[3])
         return cls(torch.empty(size, k.shape[0], width, dtype=dtype, device=k.device), k.shape[2], (k.shape[3], v.shape[3]))
@@ -54,13 +54,13 @@ class Rows:
         """``[B, n, Hk, Dv]`` view."""
         return self.data[..., self.heads * self.dims[0] :].unflatten(-1, (self.heads, self.dims[1])).transpose(0, 1)
 
-    def part(self, step: Step) -> Rows:
+    def part(self, step: Step) -> KV:
         """The buffer of a step in its memory."""
-        return Rows(self.data[step.at : step.at + step.size], self.heads, self.dims)
+        return KV(self.data[step.at : step.at + step.size], self.heads, self.dims)
 
-    def like(self, dtype: torch.dtype) -> Rows:
+    def like(self, dtype: torch.dtype) -> KV:
         """As many uninitialised rows."""
-        return Rows(torch.empty_like(self.data, dtype=dtype), self.heads, self.dims)
+        return KV(torch.empty_like(self.data, dtype=dtype), self.heads, self.dims)
 
 
 MANY = 8
@@ -100,18 +100,18 @@ def _index(rows: np.ndarray, device: torch.device) -> Tensor:
     return on_device(np.arange((end - first).sum()) + np.repeat(first - before, end - first), device)
 
 
-def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: Rows | None, wire: torch.dtype | None = None) -> Walk:
+def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KV | None, wire: torch.dtype | None) -> Walk:
     """One pass over the steps: key/value rows go out, gradients come home.
 
     Args:
         k, v: the own shard, ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]``.
         visit: called with a step, its keys and values, and uninitialised memory for their gradients, which it fills.
         home: where the gradients of the own shard are added up, uninitialised; None in the forward pass.
-        wire: dtype in which gradients travel; that of `home` where None.
+        wire: dtype in which gradients travel; None in the forward pass.
     """
     arriving = yield from _fetch(plan, 1, None, k, v)
     visit(plan.steps[0], k, v, home)
-    settle: Callable[[Rows | None], None] = lambda grads: None  # noqa: E731
+    settle: Callable[[KV | None], None] = lambda grads: None  # noqa: E731
     opened = 1
     for t in range(1, len(plan.steps)):
         memory, step = arriving(), plan.steps[t]
@@ -121,32 +121,32 @@ def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: Rows | None, 
         grads = None if home is None else memory.like(home.data.dtype)
         visit(step, memory.k, memory.v, grads)
         del memory
-        if home is not None and grads is not None:
+        if home is not None and grads is not None and wire is not None:
             for s in range(opened, t + 1):
                 here = grads.part(plan.steps[s])
                 settle(here)  # adds what the ranks before have gathered for these rows
-                settle = yield from _send_home(plan, s, here, home, wire or home.data.dtype)
+                settle = yield from _send_home(plan, s, here, home, wire)
         opened = t + 1
     settle(None)
 
 
-def _fetch(plan: RankPlan, t: int, memory: Rows | None, k: Tensor, v: Tensor) -> Generator[Exchange, Wait, Callable[[], Rows]]:
+def _fetch(plan: RankPlan, t: int, memory: KV | None, k: Tensor, v: Tensor) -> Generator[Exchange, Wait, Callable[[], KV]]:
     """Start filling the buffer of step `t`; returns how to wait for its memory.
 
     Ranks send rows of the buffer before, which is in `memory`, or of their own shard where that is None.
     """
     if t >= len(plan.steps):
-        return lambda: Rows.make(0, k, v, k.dtype)
+        return lambda: KV.make(0, k, v, k.dtype)
     step = plan.steps[t]
-    packed = Rows.pack(step.send, k, v) if memory is None else partial(take, memory.part(plan.steps[t - 1]).data)
-    memory = memory if memory is not None and not step.room else Rows.make(step.room, k, v, k.dtype)
+    packed = KV.pack(step.send, k, v) if memory is None else partial(take, memory.part(plan.steps[t - 1]).data)
+    memory = memory if memory is not None and not step.room else KV.make(step.room, k, v, k.dtype)
     filled, buffer = memory, memory.part(step)
     inbox = [(m, room(buffer.data, m.rows)) for m in step.receive]
     outbox = [(m.peer, packed(m.rows)) for m in step.send]
     del packed
     wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in inbox], k.device)
 
-    def arrived() -> Rows:
+    def arrived() -> KV:
         wait()
         for message, data in inbox:
             data = next(x for peer, x in outbox if peer == plan.rank) if message.peer == plan.rank else data
@@ -159,8 +159,8 @@ def _fetch(plan: RankPlan, t: int, memory: Rows | None, k: Tensor, v: Tensor) ->
 
 
 def _send_home(
-    plan: RankPlan, t: int, grads: Rows, home: Rows, wire: torch.dtype
-) -> Generator[Exchange, Wait, Callable[[Rows | None], None]]:
+    plan: RankPlan, t: int, grads: KV, home: KV, wire: torch.dtype
+) -> Generator[Exchange, Wait, Callable[[KV | None], None]]:
     """Start sending the gradients of step `t`'s rows to whoever holds them next, or home; returns how to add what arrives."""
     step, onward = plan.steps[t], plan.steps[t + 1 : t + 2] if plan.steps[t].relays else ()
     own = [m for m in step.home_receive if m.peer == plan.rank]
@@ -172,7 +172,7 @@ def _send_home(
     outbox = [(m.peer, take(grads.data, m.rows).to(wire)) for m in send]
     wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in (*to_home, *to_next)], grads.data.device)
 
-    def settle(following: Rows | None) -> None:
+    def settle(following: KV | None) -> None:
         wait()
         for message, data in to_home:
             put(home.data, message.rows, data, add=True)
@@ -192,7 +192,7 @@ def _to_others(plan: RankPlan, send: Mail, receive: Mail, device: torch.device) 
     return Exchange(out, back, device)
 
 
-def _empty_rows(like: Rows, message: Message, wire: torch.dtype) -> Tensor:
+def _empty_rows(like: KV, message: Message, wire: torch.dtype) -> Tensor:
     return like.data.new_empty(message.size, *like.data.shape[1:], dtype=wire)
 
 
