@@ -29,20 +29,16 @@ def _named(function: Front, name: str, summary: str, base: Front, parameters: li
 
 def fixed(base: Front, name: str, summary: str, *, causal_only: bool = False, **choices: Any) -> Front:
     """`base` with some keyword-only arguments fixed; with `causal_only` refusing ``causal=False``."""
-    signature = inspect.signature(base)
-    parameters = [p for p in signature.parameters.values() if p.name not in choices]
-    shown = signature.replace(parameters=parameters)
+    parameters = [p for p in inspect.signature(base).parameters.values() if p.name not in choices]
+    at = [p.name for p in parameters].index("causal") if causal_only else 0
+    default = parameters[at].default
 
-    def function(*args: Any, **kwargs: Any) -> Result:
-        if not causal_only:
-            return base(*args, **kwargs, **choices)  # and no more: compilers trace through here
-        bound = shown.bind(*args, **kwargs)
-        bound.apply_defaults()
-        if not bound.arguments["causal"]:
+    def function(*args: Any, **kwargs: Any) -> Result:  # no more than this: compilers trace through here
+        if causal_only and not (args[at] if len(args) > at else kwargs.get("causal", default)):
             raise ValueError(
                 f"{name}: causal=False, but zigzag shards balance a causal mask; pass causal=True or take a ring function"
             )
-        return base(*bound.args, **bound.kwargs, **choices)
+        return base(*args, **kwargs, **choices)
 
     return _named(function, name, summary, base, parameters)
 

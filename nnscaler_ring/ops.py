@@ -124,8 +124,8 @@ class _Call:
         if on_mesh:
             dtensor.check_all(self.spec, q, k, v)
         check_qkv(q, k, v)
-        if q.dim() != len(self.spec.inputs["q"]):
-            raise ValueError(f"{self.spec.name}: q has shape {tuple(q.shape)}, the op takes dims {self.spec.inputs['q']}")
+        if q.dim() != len(self.spec.out):
+            raise ValueError(f"{self.spec.name}: q has shape {tuple(q.shape)}, the op takes dims {self.spec.out}")
         if self.settings.layout not in ("contiguous", self.spec.layout):
             allowed = " or ".join(dict.fromkeys(("'contiguous' (natural order)", repr(self.spec.layout))))
             raise ValueError(f"{self.spec.name}: tokens in layout {self.settings.layout!r}; give {allowed}")
@@ -145,7 +145,8 @@ class _Call:
         call = replace(self, cu_seqlens_q=dtensor.local(self.cu_seqlens_q), cu_seqlens_k=dtensor.local(self.cu_seqlens_k))
 
         def on_shards(here: dtensor.Here) -> tuple[Tensor, Tensor]:
-            return replace(call, extras=here.extras, first=here.first)._on_group(here.qkv, grid_name(here.rings), here.lengths)
+            first = here.first() if self.settings.dropout_p else (0, 0)  # which dropout alone looks at
+            return replace(call, extras=here.extras, first=first)._on_group(here.qkv, grid_name(here.rings), here.lengths)
 
         if self.settings.dropout_p and self.settings.dropout_seed is None:
             raise ValueError(
@@ -267,7 +268,7 @@ def _run(op: str, tensors: Sequence[Tensor | None], process_group: Group, shared
     given = {**given, "softmax_scale": None if scale is None else float(scale), "window_size": check_window(given["window_size"])}
     given |= {name: given[name] or 0.0 for name in ("dropout_p", "softcap")}  # under dynamic shapes a default is a symbol
     settings = _settings(*((name, given[name]) for name in _NAMES if name in given))
-    entry: Callable[..., Outputs] = packed_attention if "cu_seqlens_q" in SPECS[op].inputs else dense_attention
+    entry: Callable[..., Outputs] = dense_attention if "batch" in SPECS[op].out else packed_attention
     result = entry(*tensors, op=op, settings=settings, process_group=process_group)
     if not given["return_attn_probs"]:
         return cast(Tensor, result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import nnscaler_ring as nr
@@ -75,13 +76,25 @@ def calls(group: Any, world_size: int, seq: int) -> dict[str, tuple[Call, bool]]
     return found
 
 
-@pytest.mark.parametrize("name", calls(None, 1, 24))
+OLD = TorchVersion(torch.__version__) < "2.7"
+needs_newer = pytest.mark.skipif(OLD, reason="needs a torch newer than 2.6, whose Dynamo fails on wrap_* ops ('distributed_state')")
+AS_SHARDS = {"ring_flash", "zigzag_varlen"}
+"""Per-rank functions, which 2.6 takes as well."""
+
+
+def named(names: Iterable[str]) -> list[Any]:
+    """Cases, those of `wrap_*` ops skipped where torch cannot."""
+    ours = [name for name in names if name in AS_SHARDS or name.startswith("context")]
+    return [name if name in ours else pytest.param(name, marks=needs_newer) for name in names]
+
+
+@pytest.mark.parametrize("name", named(calls(None, 1, 24)))
 def test_one_process(name: str) -> None:
     call, packed = calls(None, 1, 24)[name]
     assert not both(call, given(24, packed))
 
 
-@pytest.mark.parametrize("name", ["ring", "zigzag lse", "context ring", "context all_to_all"])
+@pytest.mark.parametrize("name", named(["ring", "zigzag lse", "context ring", "context all_to_all"]))
 def test_lengths_are_dynamic(name: str) -> None:
     """One graph for several lengths."""
     call, _ = calls(None, 1, 24)[name]
@@ -106,6 +119,7 @@ def on_a_group(rank: int, world_size: int) -> list[str]:
     return faults
 
 
+@needs_newer
 def test_on_a_group(ranks) -> None:
     no_faults(ranks(2).run(on_a_group))
 
@@ -126,6 +140,7 @@ def of_any_length(rank: int, world_size: int) -> None:
         assert counter.frame_count <= 3, (op.__name__, counter.frame_count)
 
 
+@needs_newer
 def test_lengths_are_dynamic_on_a_group(ranks) -> None:
     ranks(2).run(of_any_length)
 
@@ -156,6 +171,7 @@ def on_dtensors(rank: int, world_size: int, shape: tuple[int, ...], placements: 
     return faults
 
 
+@needs_newer
 @pytest.mark.parametrize(
     ("shape", "placements"),
     [((2,), (Shard(1),)), ((2, 2), (Shard(1), Shard(2))), ((2, 2), (Shard(0), Shard(1)))],

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.torch_version import TorchVersion
 
 import nnscaler_ring
 from nnscaler_ring import cleanup_distributed
@@ -73,6 +74,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("page", [pytest.param(page, id=name(page)) for page in PAGES if blocks(page, "python")])
 def test_blocks_run(page: Path, alone: None, capsys: pytest.CaptureFixture) -> None:
     """All Python blocks of a page, in one namespace, a world of one; a block of text is what those before it print."""
+    if page.name == "compile.md" and TorchVersion(torch.__version__) < "2.7":
+        pytest.skip("needs a torch newer than 2.6, as the page says")
     namespace = {"__name__": "__main__"}
     for line, language, block in blocks(page, "python", "text"):
         if language == "text":

@@ -26,14 +26,14 @@ class Here:
         qkv, extras: the local tensors.
         rings: the groups that share the sequence, outer first.
         lengths: query and key tokens of the whole sequence.
-        first: numbers of the first batch row and query head.
+        first: gives the numbers of the first batch row and query head.
     """
 
     qkv: Sequence[Tensor]
     extras: Mapping[str, Tensor | None]
     rings: Sequence[dist.ProcessGroup]
     lengths: tuple[int, int]
-    first: tuple[int, int]
+    first: Callable[[], tuple[int, int]]
 
 
 Local = Callable[[Here], tuple[Tensor, Tensor]]
@@ -155,10 +155,16 @@ def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tens
         grads = [Partial() if wanted.is_shard() and not have.is_shard() else have for wanted, have in cut_here]
         locals_.append(x.to_local(grad_placements=grads))
     total = q.shape[spec.dim("q", "sequence") or 0], k.shape[spec.dim("k", "sequence") or 0]
-    _, offsets = compute_local_shape_and_global_offset(q.shape, q.device_mesh, q.placements)
-    first = tuple(offsets[dim] if (dim := spec.dim("q", name)) is not None else 0 for name in ("batch", "heads"))
+
+    def first() -> tuple[int, int]:
+        if not {"batch", "heads"} & set(cut.dims):
+            return 0, 0
+        _, offsets = compute_local_shape_and_global_offset(q.shape, q.device_mesh, q.placements)
+        row, head = (offsets[dim] if (dim := spec.dim("q", name)) is not None else 0 for name in ("batch", "heads"))
+        return row, head
+
     mine = {name: None if x is None else _extra(spec, cut, name, x) for name, x in extras.items()}
-    out, lse = op(Here(locals_, mine, cut.rings, total, (first[0], first[1])))
+    out, lse = op(Here(locals_, mine, cut.rings, total, first))
     shape = torch.Size((*q.shape[:-1], v.shape[-1]))
     return _wrap(out, cut, spec, "out", shape), _wrap(lse, cut, spec, "lse", _lse_shape(spec, q))
 

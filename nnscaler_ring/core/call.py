@@ -206,8 +206,7 @@ def _in_graph(
         raise NotImplementedError("a Mask of slices under torch.compile: pass a mask by its name")
     total_q, total_k = whole_lengths(q, k, recipe.group, rows)
     _check_extras(q, k, options, total_k)
-    first = (recipe.batch0, recipe.head0) if options.dropout_p else (0, 0)  # symbols on a mesh of two dims; dropout alone looks
-    own = (recipe.group, recipe.layout, recipe.transport, recipe.kernel, recipe.heads_stride, *first)
+    own = (recipe.group, recipe.layout, recipe.transport, recipe.kernel, recipe.heads_stride, recipe.batch0, recipe.head0)
     left, right = options.window_size
     seen = (options.causal, left, right, options.sinks, options.prefix, options.deterministic, options.return_attn_probs)
     text = _text(*own, recipe.reduce_dtype, *seen, float(options.softcap), float(options.dropout_p), options.far)
