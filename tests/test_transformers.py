@@ -469,9 +469,9 @@ def test_what_layers_ask_in_vain() -> None:
 
 def test_what_was_said_is_kept_for_a_few_batches() -> None:
     attention, model = alone()
-    for _ in range(20):
-        attention.shard_batch(packed_row())
-    assert len(attention._known) <= 8
+    batches = [attention.shard_batch(packed_row()) for _ in range(20)]
+    said = [told.by for told in attention._known.values()]
+    assert {id(x) for x in said} == {id(batch[name]) for batch in batches[-8:] for name in ("position_ids", "cu_seq_lens_q")}
     with torch.inference_mode():  # whose tensors have no versions
         batch = attention.shard_batch(packed_row())
         batch = {name: batch[name] for name in ("input_ids", "position_ids")}
