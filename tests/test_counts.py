@@ -31,6 +31,7 @@ per document          the sequence as two documents: the contiguous or zigzag co
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +39,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core import engine, layouts, mask, passes
+from nnscaler_ring.core import engine, layouts, mask
+from nnscaler_ring.core import merge as merges
 from nnscaler_ring.core.kernels.base import Grad, Scores, Spans, Window
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.plan import plans
@@ -143,7 +145,7 @@ class Counter:
         transport = transport_of(f"local:{world}")
         assert isinstance(transport, LocalTransport)
         self.transport, self.before = transport, list(transport.bytes_sent)
-        forward, backward, merge = Reference.forward, Reference.backward, passes.merge_
+        forward, backward, merge = Reference.forward, Reference.backward, merges.merge_all_
 
         def count_forward(kernel: Reference, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores):
             self.forward += len(spans)
@@ -153,13 +155,13 @@ class Counter:
             self.backward += len(spans)
             return backward(kernel, grad, k, v, spans, window, scores)
 
-        def count_merge(*args: Tensor) -> None:
-            self.merges += 1
-            merge(*args)
+        def count_merge(out: Tensor, lse: Tensor, parts: Sequence[tuple[Tensor, Tensor]], fresh: bool) -> None:
+            self.merges += len(parts) - fresh
+            merge(out, lse, parts, fresh)
 
         monkeypatch.setattr(Reference, "forward", count_forward)
         monkeypatch.setattr(Reference, "backward", count_backward)
-        monkeypatch.setattr(passes, "merge_", count_merge)
+        monkeypatch.setattr(merges, "merge_all_", count_merge)
 
     def bytes_sent(self) -> list[int]:
         """By each rank since the last time."""

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core.merge import flatten_varlen_lse, fused, merge_, unflatten_varlen_lse, update_out_and_lse
+from nnscaler_ring.core import merge as merges
+from nnscaler_ring.core import passes
+from nnscaler_ring.core.mask import build
+from nnscaler_ring.core.merge import (
+    Results,
+    flatten_varlen_lse,
+    fused,
+    merge_,
+    merge_all_,
+    unflatten_varlen_lse,
+    update_out_and_lse,
+)
+from nnscaler_ring.core.recipe import Recipe
+from tests import oracle
+from tests.interpreter import skip_without_triton
 
 INF = float("inf")
 Merge = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -23,7 +41,7 @@ def merge(request: pytest.FixtureRequest) -> Merge:
     pytest.importorskip("triton")
     kernel = fused()
     assert kernel is not None
-    return kernel
+    return lambda out, lse, part, part_lse: kernel.merge_(out, lse, [(part, part_lse)])
 
 
 def blocks(
@@ -78,18 +96,67 @@ def test_rows_that_see_nothing(merge: Merge) -> None:
 def test_the_fused_merge_is_the_merge(dtype: torch.dtype) -> None:
     """On rows of a larger tensor, strided as the engine passes them, with an odd head dim."""
     pytest.importorskip("triton")
-    kernel, exact = fused(), torch.promote_types(dtype, torch.float32)
-    assert kernel is not None
+    module, exact = fused(), torch.promote_types(dtype, torch.float32)
+    assert module is not None
     generator = torch.Generator().manual_seed(0)
     out, lse = (torch.randn(2, 9, 5, n, generator=generator, dtype=exact) for n in (7, 1))
     part = torch.randn(2, 4, 9, 7, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)[:, 2:]
     part_lse = torch.randn(2, 4, 7, generator=generator, dtype=exact).transpose(1, 2).unsqueeze(3)
     part_lse[0, 3] = lse[0, 3, 0] = -INF
     wanted, got = [(out.clone(), lse.clone()) for _ in range(2)]
-    for function, (o, l) in ((merge_, wanted), (kernel, got)):
-        function(o[:, 1:8, 1:], l[:, 1:8, 1:], part, part_lse)
+    merge_(wanted[0][:, 1:8, 1:], wanted[1][:, 1:8, 1:], part, part_lse)
+    module.merge_(got[0][:, 1:8, 1:], got[1][:, 1:8, 1:], [(part, part_lse)])
     for have, want in zip(got, wanted, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-5 if exact == torch.float32 else 1e-13, atol=1e-6)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("num", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_many_at_once(dtype: torch.dtype, num: int, fresh: bool) -> None:
+    """As one after the other; rounded once, to the dtype of the result; what has seen nothing may hold anything."""
+    pytest.importorskip("triton")
+    module, exact = fused(), torch.promote_types(dtype, torch.float32)
+    assert module is not None and num <= module.MOST
+    parts, _, _ = blocks(num + 1, 1.0, dtype)
+    columns = [(part.clone(), part_lse.transpose(1, 2).unsqueeze(3).clone()) for part, part_lse in parts]
+    columns[0][1][0, 2], columns[0][0][0, 2] = -INF, float("nan")
+    columns[1][1][1, :, 1], columns[1][0][1, :, 1] = -INF, 0.0
+    *given, (first, first_lse) = columns
+    want, want_lse = first.to(exact), first_lse.clone()
+    want, want_lse = (torch.zeros_like(want), torch.full_like(want_lse, -INF)) if fresh else (want, want_lse)
+    got, got_lse = want.clone().to(dtype), want_lse.clone()
+    if fresh:
+        got.fill_(float("nan"))
+    for part, part_lse in given:
+        merge_(want, want_lse, part.nan_to_num(0.0), part_lse)
+    module.merge_(got, got_lse, given, fresh)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got_lse, want_lse, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.to(exact), want, **({"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}))
+
+
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_results_are_held_and_merged(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of calls overlap as they like; each row's are merged when it would have more than so many, and at the end."""
+    generator = torch.Generator().manual_seed(1)
+    parts, _, _ = blocks(7, 1.0, torch.float64)
+    want, want_lse = torch.zeros(2, 4, 3, 6, dtype=torch.float64), torch.full((2, 4, 3, 1), -INF, dtype=torch.float64)
+    results = Results(torch.full_like(want, float("nan")), torch.full_like(want_lse, float("nan")))
+    monkeypatch.setattr(results, "most", most)
+    seen, held = [False] * 4, []
+    for part, part_lse in parts:
+        rows = sorted(torch.randperm(4, generator=generator)[:3].tolist())
+        column = part_lse.transpose(1, 2).unsqueeze(3)
+        results.add(np.array([(row, row + 1, not seen[row]) for row in rows]), part[:, rows], column[:, rows])
+        held.append(int(max(results._depth)))
+        for row in rows:
+            merge_(want[:, row : row + 1], want_lse[:, row : row + 1], part[:, row : row + 1], column[:, row : row + 1])
+            seen[row] = True
+    results.flush()
+    assert all(seen) and max(held) == (most if most > 1 else 0)
+    torch.testing.assert_close(results.out, want)
+    torch.testing.assert_close(results.lse, want_lse)
 
 
 def test_the_formula_and_the_dtypes() -> None:
@@ -142,3 +209,36 @@ def test_flatten_and_unflatten(lengths: list[int]) -> None:
         for row, length, rows in zip(padded, lengths, packed.split(lengths), strict=True):
             assert torch.equal(row[:, :length], rows.T) and (row[:, length:] == -INF).all()
         assert torch.equal(flatten_varlen_lse(padded, cu), packed.T)
+
+
+@pytest.mark.parametrize(
+    ("layout", "transport", "given"),
+    [
+        ("zigzag", "ring", {"causal": True}),
+        ("zigzag", "grouped_ring", {"causal": True}),
+        ("contiguous", "ring", {}),
+        ("contiguous", "halo", {"causal": True, "window": (9, 0)}),
+        ("stripe", "ring", {"causal": True, "heads_stride": 1}),
+        ("balanced", "ring", {"causal": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_walk_that_merges_many_at_once(
+    dtype: torch.dtype, layout: str, transport: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As accelerators do it: rows with as many results as are merged at once, and with more."""
+    skip_without_triton("cpu")
+    inputs, tokens = oracle.inputs(0, (2, 40, 40), (4, 2, 8, 8), dtype), 40
+    cu = [0, 3, 17, tokens] if layout == "balanced" else None
+    seen = build(tokens, **{name: value for name, value in given.items() if name != "heads_stride"}, cu_seqlens_q=cu)
+    results, calls = Counter[int](), mock.Mock(side_effect=merge_all_)
+    for module in (merges, passes):
+        monkeypatch.setattr(module, "at_once", lambda device: 4)
+    monkeypatch.setattr(merges, "merge_all_", calls)
+    for world in (3, 8):
+        recipe = Recipe(group=f"local:{world}", layout=layout, transport=transport, kernel="reference", **given)
+        got = oracle.run(inputs, 0.5, recipe, cu)
+        results.update(len(call.args[2]) for call in calls.call_args_list)
+        oracle.assert_close(got, oracle.dense(inputs, seen.as_array(), 0.5), 3e-2 if dtype == torch.bfloat16 else 1e-10)
+    assert max(results) == 4 or transport == "halo"

@@ -7,10 +7,12 @@ of the difference, which neither overflows nor underflows at any size of the log
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,26 +23,86 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Merge a result into `out` ``[B, L, H, Dv]`` and `lse` ``[B, L, H, 1]`` in place; ``-inf`` in both leaves a row as it is.
+    """Merge a result into `out` ``[B, L, H, Dv]`` and `lse` ``[B, L, H, 1]`` in place; ``-inf`` in both leaves a row as it is."""
+    merge_all_(out, lse, [(block_out, block_lse)], fresh=False)
 
-    One kernel on an accelerator where Triton is there, a chain of torch ops elsewhere.
+
+def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[tuple[Tensor, Tensor]], fresh: bool) -> None:
+    """Merge results into `out` and `lse` in place, or store what they merge to where these are `fresh` and hold nothing yet.
+
+    One kernel on an accelerator where Triton is there, for up to `at_once` results; a chain of torch ops elsewhere.
     """
-    if out.device.type in ("cuda", "xpu") and (kernel := fused()) is not None:
-        kernel(out, lse, block_out, block_lse)
+    if at_once(out.device.type) > 1 and not (fresh and len(parts) == 1):
+        kernel = fused()
+        assert kernel is not None
+        kernel.merge_(out, lse, parts, fresh)
         return
-    weight = torch.sigmoid(block_lse - lse).nan_to_num_(nan=0.0)  # -inf less -inf: neither has seen anything
-    out.lerp_(block_out.to(out.dtype), weight.to(out.dtype))
-    lse.copy_(torch.logaddexp(lse, block_lse))
+    if fresh:
+        out.copy_(parts[0][0])
+        lse.copy_(parts[0][1])
+    for part, part_lse in parts[fresh:]:
+        weight = torch.sigmoid(part_lse - lse).nan_to_num_(nan=0.0)  # -inf less -inf: neither has seen anything
+        out.lerp_(part.to(out.dtype), weight.to(out.dtype))
+        lse.copy_(torch.logaddexp(lse, part_lse))
+
+
+def at_once(device: str) -> int:
+    """How many results are merged in one pass over memory."""
+    return 1 if device not in ("cuda", "xpu") or (kernel := fused()) is None else int(kernel.MOST)
 
 
 @lru_cache(maxsize=1)
-def fused() -> Callable[[Tensor, Tensor, Tensor, Tensor], None] | None:
-    """`kernels.fused.merge_`, or None without Triton."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from .kernels.fused import merge_ as kernel
+def fused() -> ModuleType | None:
+    """`kernels.fused`, or None without Triton."""
+    return None if importlib.util.find_spec("triton") is None else importlib.import_module(".kernels.fused", __package__)
 
-    return kernel
+
+class Results:
+    """out ``[B, L, H, Dv]`` and lse ``[B, L, H, 1]`` of calls over disjoint keys.
+
+    What comes is held until a row would have more than `at_once`: in half precision results that are merged together take 2 bytes
+    an element each, and 2 to 8 once, one after the other 10 each. `flush` before reading.
+    """
+
+    def __init__(self, out: Tensor, lse: Tensor) -> None:
+        self.out, self.lse, self.most = out, lse, at_once(out.device.type)
+        self._held: list[tuple[np.ndarray, Tensor, Tensor]] = []
+        self._depth = np.zeros(out.shape[1], dtype=np.int64)
+
+    def add(self, blocks: np.ndarray, part: Tensor, part_lse: Tensor) -> None:
+        """The result of a call, ``[B, n, H, Dv]`` and ``[B, n, H, 1]``.
+
+        Args:
+            blocks: rows ``i0:i1`` of the results, end to end in the part, each with whether it is their first: ``[m, 3]``.
+        """
+        more = np.zeros_like(self._depth)
+        for i0, i1, _ in blocks.tolist():
+            more[i0:i1] += 1
+        if (self._depth + more).max(initial=0) > self.most:
+            self.flush()
+        self._held.append((blocks, part, part_lse))
+        self._depth += more
+        if self.most == 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """Merge what is held."""
+        cuts = np.unique(np.concatenate([blocks[:, :2].ravel() for blocks, _, _ in self._held])) if self._held else ()
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in cuts]
+        first = [False for _ in cuts]
+        for blocks, part, part_lse in self._held:
+            start = 0
+            for i0, i1, fresh in blocks.tolist():
+                for n in range(*np.searchsorted(cuts, (i0, i1)).tolist()):
+                    at = slice(start + int(cuts[n]) - i0, start + int(cuts[n + 1]) - i0)
+                    first[n] |= bool(fresh)
+                    found[n].append((part[:, at], part_lse[:, at]))
+                start += i1 - i0
+        for n, parts in enumerate(found):
+            if parts:
+                rows = slice(int(cuts[n]), int(cuts[n + 1]))
+                merge_all_(self.out[:, rows], self.lse[:, rows], parts, first[n])
+        self._held, self._depth = [], np.zeros_like(self._depth)
 
 
 def update_out_and_lse(

@@ -20,11 +20,11 @@ from .heads import Pack, Team, team_of, teams, to_heads, to_tokens
 from .kernels import Case, Grad, Kernel, Scores
 from .kernels.base import clear
 from .layout import Layout
-from .merge import exact_dtype, merge_
+from .merge import Results, at_once, exact_dtype
 from .plan import ALL_TO_ALL, plan
 from .recipe import Recipe, content, layout_of, mask_of
 from .scaling import Shape, machine_of, row_transport
-from .steps import Calls, RankPlan, Step, among
+from .steps import RankPlan, Step, among
 from .transport import Exchange, LocalTransport, Transport, Wait, transport_of
 from .walk import KV, Visit, staggered, walk
 
@@ -228,21 +228,25 @@ def _attend(
 ) -> Generator[Exchange, Wait, tuple[Tensor, Tensor]]:
     """The walk over key/value rows: out and lse of q's rows; `most` is the greatest number of key heads of a rank."""
     exact = exact_dtype(q.dtype)
-    out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=exact if plan.num_merges or extras.sink is not None else q.dtype)
-    summed = torch.float64 if plan.num_merges and q.device.type != "xpu" else exact  # no rounding a merge; not every XPU has it
+    again = plan.num_results > at_once(q.device.type)  # merged into what was merged before: in fp32, sums of weights in float64
+    out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=exact if again or extras.sink is not None else q.dtype)
+    summed = torch.float64 if again and q.device.type != "xpu" else exact  # not every XPU has it
     lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=summed)
     scores = replace(job.scores(plan, extras, q.device), merged=plan.num_merges > 0)
     k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
+    found = list[Results]()
 
     def visit(heads: slice) -> Visit:
         mine = scores.of_heads(heads)
+        results = Results(out[:, :, heads], lse[:, :, heads])
+        found.append(results)
 
         def run(step: Step, k: Tensor, v: Tensor, grads: KV | None) -> None:
             here = replace(mine, k_at=k_at.get(step)) if k_at else mine
             for calls in step.calls if k.shape[2] else ():
                 part = _features(calls.part, job.recipe, q)
                 result, its_lse = kernel.forward(q[:, :, heads, part], k[..., part], v, calls.spans, calls.window, here)
-                _store(calls, out[:, :, heads], lse[:, :, heads], result, its_lse.transpose(1, 2).unsqueeze(3))
+                results.add(calls.blocks, result, its_lse.transpose(1, 2).unsqueeze(3))
 
         return run
 
@@ -250,6 +254,8 @@ def _attend(
         kernel = _kernel(job.recipe, q, k, v, extras)
     split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
     yield from staggered([walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), None, None) for hq, hk in split])
+    for results in found:
+        results.flush()
     if extras.sink is not None:  # one more key, without a value
         sink = extras.sink.to(exact).view(-1, 1)
         out *= torch.sigmoid(lse - sink).nan_to_num_(nan=0.0)  # -inf less -inf: there is nothing
@@ -261,18 +267,6 @@ def _features(part: int, recipe: Recipe, q: Tensor) -> slice:
     """The features of q and k that make the scores of a part."""
     width = q.shape[3] // recipe.parts
     return slice(part * width, (part + 1) * width)
-
-
-def _store(calls: Calls, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Store or merge the result of some calls, block by block of rows."""
-    start = 0
-    for i0, i1, fresh in calls.blocks.tolist():
-        rows, here = slice(i0, i1), slice(start, start + i1 - i0)
-        if fresh:
-            out[:, rows], lse[:, rows] = part[:, here], part_lse[:, here]
-        else:
-            merge_(out[:, rows], lse[:, rows], part[:, here], part_lse[:, here])
-        start += i1 - i0
 
 
 Saved = Sequence[Tensor]

@@ -108,6 +108,15 @@ class RankPlan:
         """Times that a result is merged into rows that an earlier call wrote."""
         return sum(int((calls.blocks[:, 2] == 0).sum()) for step in self.steps for calls in step.calls)
 
+    @cached_property
+    def num_results(self) -> int:
+        """The most results that calls give for a row."""
+        depth = np.zeros(self.q_rows + 1, dtype=np.int64)
+        for blocks in (calls.blocks for step in self.steps for calls in step.calls):
+            np.add.at(depth, blocks[:, 0], 1)
+            np.add.at(depth, blocks[:, 1], -1)
+        return int(depth.cumsum().max(initial=0))
+
     @property
     def rows_sent(self) -> int:
         """Key/value rows that go to other ranks, in the forward pass and again in the backward pass."""

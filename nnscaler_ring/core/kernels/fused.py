@@ -1,8 +1,10 @@
-"""The online-softmax merge as one Triton kernel: it reads a result once and writes once, where a chain of torch ops takes 38 bytes
-an element. For results on an accelerator; in Triton's interpreter (``TRITON_INTERPRET=1``) it runs on CPU.
+"""The online-softmax merge as one Triton kernel: it reads each of several results once and writes once, where a chain of torch ops
+takes 38 bytes an element for each. For results on an accelerator; in Triton's interpreter (``TRITON_INTERPRET=1``) it runs on CPU.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -11,41 +13,85 @@ from torch import Tensor
 ROWS = 16
 """Rows of one program: a row is what a head has for a token."""
 
+MOST = 4
+"""Results that are merged at once; the kernel has a place for each."""
+
+# What is read a number a row needs no alignment: there is one kernel for all lengths.
+_ANY = ("rows", "length", "lse_b", "lse_l", "lse_h", *(f"w{n}_{dim}" for n in range(MOST) for dim in "blh"))
+
 
 @triton.jit
+def _weigh(total, column, inside, b, l, h, part, part_b, part_l, part_h, weight):  # type: ignore[no-untyped-def]
+    """A total and a part by its weight, which is 0 where it has seen nothing, whatever it holds there."""
+    come = tl.load(part + (b * part_b + l * part_l + h * part_h)[:, None] + column[None, :], mask=inside, other=0.0)
+    weight = weight.to(total.dtype)[:, None]
+    return total + tl.where(weight > 0, come.to(total.dtype) * weight, 0.0)
+
+
+@triton.jit(do_not_specialize=_ANY)
 def _merge(  # type: ignore[no-untyped-def]
-    out, lse, part, part_lse, rows, length, heads, width,
-    out_b, out_l, out_h, lse_b, lse_l, lse_h, part_b, part_l, part_h, part_lse_b, part_lse_l, part_lse_h,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    out, lse, p0, p1, p2, p3, w0, w1, w2, w3, rows, length, heads, width, out_b, out_l, out_h, lse_b, lse_l, lse_h,
+    p0_b, p0_l, p0_h, p1_b, p1_l, p1_h, p2_b, p2_l, p2_h, p3_b, p3_l, p3_h,
+    w0_b, w0_l, w0_h, w1_b, w1_l, w1_h, w2_b, w2_l, w2_h, w3_b, w3_l, w3_h,
+    N: tl.constexpr, FRESH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     b, l, h = row // (length * heads), row // heads % length, row % heads
-    old_at = lse + b * lse_b + l * lse_l + h * lse_h
-    old = tl.load(old_at, mask=there, other=0.0)
-    new = tl.load(part_lse + b * part_lse_b + l * part_lse_l + h * part_lse_h, mask=there, other=0.0).to(old.dtype)
-    most = tl.maximum(old, new)
-    most = tl.where(most == float("-inf"), 0.0, most)  # neither has seen anything
-    old_weight, new_weight = tl.exp(old - most), tl.exp(new - most)
-    some = old_weight + new_weight > 0
-    total = tl.where(some, old_weight + new_weight, 1.0)
-    tl.store(old_at, tl.where(some, most + tl.log(total), float("-inf")), mask=there)
-    weight = new_weight / total
+    lse_at = lse + b * lse_b + l * lse_l + h * lse_h
+    exact = lse.dtype.element_ty
+    old = tl.full([ROWS], float("-inf"), exact)
+    if not FRESH:
+        old = tl.load(lse_at, mask=there, other=0.0)
+    x0 = tl.load(w0 + b * w0_b + l * w0_l + h * w0_h, mask=there, other=0.0).to(exact)
+    x1, x2, x3 = x0, x0, x0
+    most = tl.maximum(old, x0)
+    if N > 1:
+        x1 = tl.load(w1 + b * w1_b + l * w1_l + h * w1_h, mask=there, other=0.0).to(exact)
+        most = tl.maximum(most, x1)
+    if N > 2:
+        x2 = tl.load(w2 + b * w2_b + l * w2_l + h * w2_h, mask=there, other=0.0).to(exact)
+        most = tl.maximum(most, x2)
+    if N > 3:
+        x3 = tl.load(w3 + b * w3_b + l * w3_l + h * w3_h, mask=there, other=0.0).to(exact)
+        most = tl.maximum(most, x3)
+    most = tl.where(most == float("-inf"), 0.0, most)  # none has seen anything
+    kept, x0, x1, x2, x3 = tl.exp(old - most), tl.exp(x0 - most), tl.exp(x1 - most), tl.exp(x2 - most), tl.exp(x3 - most)
+    total = kept + x0
+    if N > 1:
+        total += x1
+    if N > 2:
+        total += x2
+    if N > 3:
+        total += x3
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    tl.store(lse_at, tl.where(some, most + tl.log(total), float("-inf")), mask=there)
     column = tl.arange(0, WIDTH)
     inside = there[:, None] & (column < width)[None, :]
     out_at = out + (b * out_b + l * out_l + h * out_h)[:, None] + column[None, :]
-    have = tl.load(out_at, mask=inside, other=0.0)
-    come = tl.load(part + (b * part_b + l * part_l + h * part_h)[:, None] + column[None, :], mask=inside, other=0.0)
-    tl.store(out_at, have + weight.to(have.dtype)[:, None] * (come.to(have.dtype) - have), mask=inside)
+    merged = tl.zeros([ROWS, WIDTH], EXACT)
+    if not FRESH:
+        merged = tl.load(out_at, mask=inside, other=0.0).to(EXACT) * (kept / total).to(EXACT)[:, None]
+    merged = _weigh(merged, column, inside, b, l, h, p0, p0_b, p0_l, p0_h, x0 / total)
+    if N > 1:
+        merged = _weigh(merged, column, inside, b, l, h, p1, p1_b, p1_l, p1_h, x1 / total)
+    if N > 2:
+        merged = _weigh(merged, column, inside, b, l, h, p2, p2_b, p2_l, p2_h, x2 / total)
+    if N > 3:
+        merged = _weigh(merged, column, inside, b, l, h, p3, p3_b, p3_l, p3_h, x3 / total)
+    tl.store(out_at, merged.to(out.dtype.element_ty), mask=inside)
 
 
-def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """`merge.merge_` in one kernel; any strides with the last dim contiguous."""
+def merge_(out: Tensor, lse: Tensor, parts: Sequence[tuple[Tensor, Tensor]], fresh: bool = False) -> None:
+    """`merge.merge_` of up to `MOST` results in one kernel; any strides with the last dim contiguous."""
     batch, length, heads, width = out.shape
     rows = batch * length * heads
-    tensors = (out, lse, block_out, block_lse)
-    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    outs, lses = ([x[n] for x in (*parts, *[parts[0]] * (MOST - len(parts)))] for n in range(2))
+    strides = [stride for x in (out, lse, *outs, *lses) for stride in x.stride()[:3]]
+    exact = tl.float64 if out.element_size() == 8 else tl.float32
     if rows:
         _merge[(triton.cdiv(rows, ROWS),)](
-            *tensors, rows, length, heads, width, *strides, ROWS=ROWS, WIDTH=triton.next_power_of_2(width)
-        )
+            *(out, lse, *outs, *lses, rows, length, heads, width, *strides, len(parts), fresh),
+            ROWS=ROWS, WIDTH=triton.next_power_of_2(width), EXACT=exact,
+        )  # fmt: skip
