@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -242,3 +245,30 @@ def test_a_walk_that_merges_many_at_once(
         results.update(len(call.args[2]) for call in calls.call_args_list)
         oracle.assert_close(got, oracle.dense(inputs, seen.as_array(), 0.5), 3e-2 if dtype == torch.bfloat16 else 1e-10)
     assert max(results) == 4 or transport == "halo"
+
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton.language as tl
+from nnscaler_ring.core.kernels import fused
+
+names, constants = fused._merge.arg_names, {"ROWS": fused.ROWS, "WIDTH": 128, "EXACT": tl.float32}
+for out, lse, number, fresh in (("bf16", "fp32", 4, True), ("fp32", "fp64", 4, False), ("fp32", "fp64", 1, False)):
+    known = {**constants, "N": number, "FRESH": fresh}
+    types = {"out": f"*{out}", "lse": f"*{lse}", **{f"p{n}": "*bf16" for n in range(4)}, **{f"w{n}": "*fp32" for n in range(4)}}
+    signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in names}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if name not in {*known, *fused._ANY}}
+    source = ASTSource(fused._merge, signature, known, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    print(number, "ld.global.v4" in made and "st.global.v4" in made)
+"""
+
+
+def test_the_fused_merge_compiles() -> None:
+    """For a GPU that is not here, in a process without the interpreter; memory is read and written 16 bytes at a time."""
+    pytest.importorskip("triton", minversion="3.4")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["4 True", "4 True", "1 True"], done.stderr

@@ -170,7 +170,7 @@ def _gradient_rows(rank: RankPlan, t: int) -> int:
 
 
 def _seconds(step: Step, shape: Shape, speed: Speed, backward: bool) -> float:
-    """Time of a step's calls, and of merging their results forward."""
+    """Time of a step's calls, and of merging their results forward, one after the other."""
     flops = step_tiles(step) * TILE * TILE * shape.flops(backward)
     seconds = flops / (speed.backward if backward else speed.forward) + speed.launch * len(step.calls)
     if not backward:
