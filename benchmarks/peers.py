@@ -51,9 +51,9 @@ SECONDS = 120
 
 
 class Way(NamedTuple):
-    """A library, what is called of it (a function, or a layout of this package), and where its shards lie."""
+    """A package, what is called of it (a function, or a layout of this package), and where its shards lie."""
 
-    library: str
+    package: str
     call: str
     layout: str
 
@@ -154,11 +154,11 @@ def _versions() -> str:
 def rows(cases: Iterable[Case], repeats: int) -> Iterator[Sequence[str]]:
     """A row for each way of each case: times and bytes; errors for no repeats."""
     for case in cases:
-        here = [way for way in case.ways if find_spec(way.library)]
+        here = [way for way in case.ways if find_spec(way.package)]
         figures = times(case, here, repeats) if repeats else [errors(case, way) for way in here]
         found = dict(zip(here, figures, strict=True))
         for way in case.ways:
-            yield case.name, way.library, f"`{way.call.rpartition('.')[2]}`", *_filled(found.get(way, ["not installed"]), repeats)
+            yield case.name, way.package, f"`{way.call.rpartition('.')[2]}`", *_filled(found.get(way, ["not installed"]), repeats)
 
 
 def _filled(cells: Sequence[str], repeats: int) -> Sequence[str]:
@@ -284,12 +284,12 @@ def attention_of(case: Case, way: Way, rank: int) -> Callable[[Tensor, Tensor, T
     """What a way calls, on ``[B, L, H, D]``."""
     cu = torch.tensor(case.boundaries, dtype=torch.int32)
     named: dict[str, Any] = {"causal": case.causal, "window_size": case.window, "softmax_scale": scale_of(case)}
-    if way.library == OURS and way.call in layouts.LAYOUTS:
+    if way.package == OURS and way.call in layouts.LAYOUTS:
         recipe, options = Recipe(group=group_name(None), layout=way.layout, transport="auto"), Options(**named)
         rows = Rows(seq_len=case.tokens, cu_seqlens_q=cu)
         return lambda q, k, v: attend(q, k, v, recipe, options, rows)  # type: ignore[return-value]
-    library: Any = module_of(way)
-    func = getattr(library, way.call.rpartition(".")[2])
+    module: Any = module_of(way)
+    func = getattr(module, way.call.rpartition(".")[2])
     if way.call.startswith("wrap_"):
         return lambda q, k, v: func(q, k, v, process_group=dist.group.WORLD, **named)
     if "varlen" not in way.call:
@@ -297,7 +297,7 @@ def attention_of(case: Case, way: Way, rank: int) -> Callable[[Tensor, Tensor, T
     shard = cu // case.ranks
     places: tuple[Any, ...] = (shard, max(b - a for a, b in pairwise(shard.tolist())))
     if way.call.startswith("llama3"):
-        prepared = library.llama3_flash_attn_prepare_cu_seqlens(cu, case.causal, rank, case.ranks)
+        prepared = module.llama3_flash_attn_prepare_cu_seqlens(cu, case.causal, rank, case.ranks)
         places = (*prepared[:4], 1, prepared[4])
     return lambda q, k, v: func(*(x.squeeze(0) for x in (q, k, v)), *places, group=dist.group.WORLD, **named).unsqueeze(0)
 
@@ -317,9 +317,9 @@ def libraries() -> Iterator[None]:
 
 
 def module_of(way: Way) -> ModuleType:
-    if way.library == NNSCALER:
+    if way.package == NNSCALER:
         return importlib.import_module(f"nnscaler.customized_ops.ring_attention.core.{way.call.rpartition('.')[0]}")
-    return nnscaler_ring if way.library == OURS else importlib.import_module(way.library)
+    return nnscaler_ring if way.package == OURS else importlib.import_module(way.package)
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ _ANY = ("rows", "length", "lse_b", "lse_l", "lse_h", *(f"w{n}_{dim}" for n in ra
 
 
 @triton.jit
-def _weigh(total, column, inside, b, l, h, part, part_b, part_l, part_h, weight):  # type: ignore[no-untyped-def]
+def _weigh(total, part, at, inside, weight):  # type: ignore[no-untyped-def]
     """A total and a part by its weight, which is 0 where it has seen nothing, whatever it holds there."""
-    come = tl.load(part + (b * part_b + l * part_l + h * part_h)[:, None] + column[None, :], mask=inside, other=0.0)
+    come = tl.load(part + at, mask=inside, other=0.0)
     weight = weight.to(total.dtype)[:, None]
     return total + tl.where(weight > 0, come.to(total.dtype) * weight, 0.0)
 
@@ -73,13 +73,13 @@ def _merge(  # type: ignore[no-untyped-def]
     merged = tl.zeros([ROWS, WIDTH], EXACT)
     if not FRESH:
         merged = tl.load(out_at, mask=inside, other=0.0).to(EXACT) * (kept / total).to(EXACT)[:, None]
-    merged = _weigh(merged, column, inside, b, l, h, p0, p0_b, p0_l, p0_h, x0 / total)
+    merged = _weigh(merged, p0, (b * p0_b + l * p0_l + h * p0_h)[:, None] + column[None, :], inside, x0 / total)
     if N > 1:
-        merged = _weigh(merged, column, inside, b, l, h, p1, p1_b, p1_l, p1_h, x1 / total)
+        merged = _weigh(merged, p1, (b * p1_b + l * p1_l + h * p1_h)[:, None] + column[None, :], inside, x1 / total)
     if N > 2:
-        merged = _weigh(merged, column, inside, b, l, h, p2, p2_b, p2_l, p2_h, x2 / total)
+        merged = _weigh(merged, p2, (b * p2_b + l * p2_l + h * p2_h)[:, None] + column[None, :], inside, x2 / total)
     if N > 3:
-        merged = _weigh(merged, column, inside, b, l, h, p3, p3_b, p3_l, p3_h, x3 / total)
+        merged = _weigh(merged, p3, (b * p3_b + l * p3_l + h * p3_h)[:, None] + column[None, :], inside, x3 / total)
     tl.store(out_at, merged.to(out.dtype.element_ty), mask=inside)
 
 
