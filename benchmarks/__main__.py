@@ -9,13 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from benchmarks import cpu_cost, kernels, overlap, peers, piecewise, planning, scaling, schedule
+from benchmarks import cpu_cost, glue, kernels, overlap, peers, piecewise, planning, scaling, schedule
 from benchmarks.options import OF_KERNELS, OF_SCHEDULE, add_options, asked, device_of, name_of, setup_of, words_of
 from benchmarks.problem import Setup
 from benchmarks.report import Table, hardware, save
 
 PLAIN: Mapping[str, Callable[[int], str]] = MappingProxyType(
-    {module.__name__.rpartition(".")[2]: module.table for module in (cpu_cost, overlap, peers, piecewise, planning, scaling)}
+    {module.__name__.rpartition(".")[2]: module.table for module in (cpu_cost, glue, overlap, peers, piecewise, planning, scaling)}
 )
 """Benchmarks without options."""
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 
+from nnscaler_ring.core.held import Held
 from nnscaler_ring.core.kernels import Kernel
 
 
@@ -79,26 +80,41 @@ class Pass(NamedTuple):
 
 
 def timed(run: Pass, kernel: Kernel, clock: Clock) -> Times:
-    """One run, timed as a whole and in each call of the kernel."""
+    """One run, timed as a whole and in each call of the kernel; what a call does with what others gave is not in it."""
     inside: list[tuple[Any, Any, int]] = []
+    aside: list[list[tuple[Any, Any]]] = [[]]
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any) -> Any:
+            aside[-1].clear()
             start = clock.mark()
             result = call(*args)
             inside.append((start, clock.mark(), len(args[3])))
+            aside.append([])
             return result
 
         return wrapper
 
-    with mock.patch.multiple(kernel, forward=watched(kernel.forward), backward=watched(kernel.backward)):
+    def noted(call: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(*args: Any) -> None:
+            start = clock.mark()
+            call(*args)
+            aside[-1].append((start, clock.mark()))
+
+        return wrapper
+
+    with (
+        mock.patch.multiple(kernel, forward=watched(kernel.forward), backward=watched(kernel.backward)),
+        mock.patch.multiple(Held, flush=noted(Held.flush), finish=noted(Held.finish)),
+    ):
         start, began = clock.start(), time.perf_counter()
         state = run.forward()
         between, first = clock.mark(), len(inside)
         run.backward(state)
         end, host = clock.mark(), time.perf_counter() - began
         clock.wait()
-    kernels = [clock.seconds(a, b) for a, b, _ in inside]
+    others = [sum(clock.seconds(a, b) for a, b in marks) for marks in aside]
+    kernels = [clock.seconds(a, b) - other for (a, b, _), other in zip(inside, others, strict=False)]
     calls = [spans for _, _, spans in inside]
     forward, both = clock.seconds(start, between), clock.seconds(start, end)
     return Times(forward, both, sum(kernels[:first]), sum(kernels), host, sum(calls[:first]), sum(calls))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.kernels import Case, Grad, Kernel, Scores, choose
 from nnscaler_ring.core.kernels.base import Spans, Window
+from nnscaler_ring.core.sums import Sum
 
 
 @contextmanager
@@ -185,7 +186,7 @@ def _backward(
 ) -> None:
     """Of `rows`, q, out, their gradient and the log-sum-exp, the gradients dq, dk and dv."""
     q, out, d_out, lse = rows
-    sums = [torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) for x in into]
+    sums = [Sum(x) for x in into]
     kernel_of(q, k, v).backward(Grad(q, out, d_out, lse.contiguous(), *sums), k, v, spans, window, Scores(scale=scale))
     for x, total in zip(into, sums, strict=True):
-        x.copy_(total)
+        total.store(x)

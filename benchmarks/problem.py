@@ -24,6 +24,7 @@ from nnscaler_ring.core.layout import Layout
 from nnscaler_ring.core.mask import Mask
 from nnscaler_ring.core.mask import build as build_mask
 from nnscaler_ring.core.plan import RankPlan, plan
+from nnscaler_ring.core.sums import Sum
 
 MASKS = ("causal", "full", "window", "packed")
 
@@ -144,11 +145,11 @@ def dense(kernel: Kernel, one: RankPlan, tensors: Sequence[Tensor], scores: Scor
 
     def backward(saved: tuple[Tensor, Tensor]) -> Answer:
         out, lse = saved
-        sums = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
+        sums = [Sum(x) for x in (q, k, v)]
         for each in one.steps[0].calls:
             grad = Grad(q, out, d_out, lse, dq=sums[0], dk=sums[1], dv=sums[2])
             kernel.backward(grad, k, v, each.spans, each.window, scores)
-        return Answer(out, lse, *sums)
+        return Answer(out, lse, *(x.total() for x in sums))
 
     return Pass(forward, backward)
 

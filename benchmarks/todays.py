@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nnscaler_ring.core.kernels import Grad, Kernel, Scores
 from nnscaler_ring.core.plan import RankPlan, Step
+from nnscaler_ring.core.sums import Sum
 from nnscaler_ring.core.transport import Exchange, Wait
 
 Forward = Generator[Exchange, Wait, tuple[Tensor, Tensor]]
@@ -58,14 +59,15 @@ def ring_forward(rank: Rank) -> Forward:
 
 def ring_backward(rank: Rank, out: Tensor, lse: Tensor, d_out: Tensor) -> Backward:
     """dq, dk and dv of the shards: gradients in fp32 follow their rows round the ring, a step behind."""
-    dq = torch.zeros_like(rank.q, dtype=torch.float32)
+    dq = Sum(rank.q)
     keys, values = rank.k, rank.v
     wait_home: Wait = lambda: None  # noqa: E731
     gathered: tuple[Tensor, ...] = ()
     for t, step in enumerate(rank.plan.steps):
         wait, came = yield from _pass_on(rank.plan, t, keys, values)
-        mine = torch.zeros_like(keys, dtype=torch.float32), torch.zeros_like(values, dtype=torch.float32)
-        _differentiate(rank, step, Grad(rank.q, out, d_out, lse, dq, *mine), keys, values)
+        dk, dv = (Sum(x) for x in (keys, values))
+        _differentiate(rank, step, Grad(rank.q, out, d_out, lse, dq, dk, dv), keys, values)
+        mine = dk.total(), dv.total()
         wait_home()
         for total, part in zip(mine, gathered, strict=False):
             total += part
@@ -73,8 +75,8 @@ def ring_backward(rank: Rank, out: Tensor, lse: Tensor, d_out: Tensor) -> Backwa
         keys, values = came
         wait_home, gathered = yield from _hand_over(rank.plan, *mine)
     wait_home()
-    dk, dv = gathered
-    return dq.to(rank.q.dtype), dk.to(rank.k.dtype), dv.to(rank.v.dtype)
+    home_k, home_v = gathered
+    return dq.total().to(rank.q.dtype), home_k.to(rank.k.dtype), home_v.to(rank.v.dtype)
 
 
 def _pass_on(plan: RankPlan, t: int, *held: Tensor) -> Generator[Exchange, Wait, tuple[Wait, tuple[Tensor, Tensor]]]:
@@ -106,11 +108,12 @@ def gather_forward(rank: Rank) -> Forward:
 def gather_backward(rank: Rank, out: Tensor, lse: Tensor, d_out: Tensor) -> Backward:
     """dq, dk and dv: keys and values are gathered again; the gradients of all go to their ranks, which add them up."""
     keys, values = yield from _gather(rank)
-    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (rank.q, keys, values)]
-    _differentiate(rank, rank.plan.steps[-1], Grad(rank.q, out, d_out, lse, dq=sums[0], dk=sums[1], dv=sums[2]), keys, values)
+    dq, *of_keys = (Sum(x) for x in (rank.q, keys, values))
+    _differentiate(rank, rank.plan.steps[-1], Grad(rank.q, out, d_out, lse, dq, *of_keys), keys, values)
+    d_keys = [x.total() for x in of_keys]
     others = [n for n in range(rank.plan.world_size) if n != rank.plan.rank]
     # [B, P * L, ...] in the order of positions -> P shards
-    shards = [torch.empty_like(x).index_copy_(1, rank.order, x).chunk(rank.plan.world_size, 1) for x in sums[1:]]
+    shards = [torch.empty_like(x).index_copy_(1, rank.order, x).chunk(rank.plan.world_size, 1) for x in d_keys]
     came = [[torch.empty_like(own[rank.plan.rank]) for _ in others] for own in shards]
     wait = yield Exchange(
         [(n, own[n]) for n in others for own in shards],
@@ -118,7 +121,7 @@ def gather_backward(rank: Rank, out: Tensor, lse: Tensor, d_out: Tensor) -> Back
     )
     wait()
     dk, dv = (torch.stack([own[rank.plan.rank], *parts]).sum(0) for own, parts in zip(shards, came, strict=True))
-    return sums[0].to(rank.q.dtype), dk.to(rank.k.dtype), dv.to(rank.v.dtype)
+    return dq.total().to(rank.q.dtype), dk.to(rank.k.dtype), dv.to(rank.v.dtype)
 
 
 def _gather(rank: Rank) -> Generator[Exchange, Wait, tuple[Tensor, Tensor]]:
@@ -175,6 +178,8 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, fresh: bool
 def _differentiate(rank: Rank, step: Step, grad: Grad, keys: Tensor, values: Tensor) -> None:
     for calls in step.calls:
         rank.kernel.backward(grad, keys, values, calls.spans, calls.window, rank.scores)
+        for total in (grad.dq, grad.dk, grad.dv):
+            total.flush()  # one after the other
 
 
 PASSES: Mapping[str, tuple[Callable[[Rank], Forward], Callable[[Rank, Tensor, Tensor, Tensor], Backward]]] = MappingProxyType(

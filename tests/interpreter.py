@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from nnscaler_ring.core import held, merge, passes, sums
+
 if importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
@@ -39,6 +41,13 @@ def missing_interpreter() -> str | None:
         return f"a Triton interpreter that runs with this numpy (triton {triton.__version__}, numpy {np.__version__})"
     assert total.item() == 3
     return None
+
+
+def many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and gradients are put together on CPU as on accelerators, four at a time by Triton; skips without it."""
+    skip_without_triton("cpu")
+    for module in (held, merge, passes, sums):
+        monkeypatch.setattr(module, "at_once", lambda device: 4)
 
 
 def skip_without_triton(device: str = "cpu") -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from nnscaler_ring.core import engine
 from nnscaler_ring.core.mask import Slice
 from nnscaler_ring.core.recipe import Recipe
+from nnscaler_ring.core.sums import Sum
 
 
 class Answer(NamedTuple):
@@ -89,6 +90,14 @@ def run(
     tables = (*cus, table(slices), None, None, None)
     out, lse, _ = engine.attention(*leaves, *tables, given.q.shape[1], given.k.shape[1], scale, 0, str(recipe))
     return Answer(out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, given.d_out))
+
+
+def sums(like: Sequence[Tensor], start: float = 0.0) -> list[Sum]:
+    """Sums that hold `start` in every row."""
+    made = [Sum(x) for x in like]
+    for total in made:
+        total.total().fill_(start)
+    return made
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -101,9 +101,9 @@ def dense(way: str, backend: str, given: oracle.Inputs) -> oracle.Answer:
     dtype, scores = given.q.dtype, Scores(scale=SCALE)
     kernel = kernels.choose(backend, Case("cpu", dtype, HEADS[2], HEADS[3], *HEADS[:2]))
     out, lse = kernel.forward(*given[:3], calls.spans, calls.window, scores)
-    out, sums = out.to(dtype), [torch.zeros_like(x, dtype=torch.float32) for x in given[:3]]
+    out, sums = out.to(dtype), oracle.sums(given[:3])
     kernel.backward(Grad(given.q, out, given.d_out, lse, *sums), given.k, given.v, calls.spans, calls.window, scores)
-    return oracle.Answer(out, lse, *(x.to(dtype) for x in sums))
+    return oracle.Answer(out, lse, *(x.total().to(dtype) for x in sums))
 
 
 def cases(backends: Iterable[str], *known: str) -> list[Any]:

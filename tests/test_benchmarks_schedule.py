@@ -313,7 +313,7 @@ REFUSED = {
     "schedule --trace x.svg --masks full,causal": "--trace draws one mask and measures nothing",
     "schedule --repeats 0": "--repeats is 1 or more, not 0",
     "schedule --results out": "--results is where --save writes: give both",
-    "casual": "unknown benchmark casual: choose from cpu_cost, kernels, overlap, ",
+    "casual": "unknown benchmark casual: choose from cpu_cost, glue, kernels, overlap, ",
 }
 
 

@@ -29,8 +29,9 @@ from nnscaler_ring.core.layouts import build
 from nnscaler_ring.core.merge import update_out_and_lse
 from nnscaler_ring.core.recipe import Recipe
 from nnscaler_ring.core.relayout import _relayout, gather, relayout
+from nnscaler_ring.core.sums import Sum
 from nnscaler_ring.core.transport import LocalTransport, transport_of
-from nnscaler_ring.core.walk import put, take
+from nnscaler_ring.core.walk import KV, KVSums, put, take
 from tests import oracle
 from tests.interpreter import skip_without_triton
 from tests.worlds import no_faults, refusal, told
@@ -251,11 +252,12 @@ def test_a_block_that_sees_nothing_poisons_no_row() -> None:
 def test_neighbouring_spans_are_added_at_once() -> None:
     """Not a launch for each of a row's documents."""
     at = np.array([[n, n + 1, n, n + 1] for n in range(100)])
-    packing, total = Packing(at, torch.zeros(2, 100, 1, 8)), torch.zeros(2, 100, 1, 8)
+    packing, total = Packing(at, torch.zeros(2, 100, 1, 8)), Sum(torch.zeros(2, 100, 1, 8))
     part = torch.randn(200, 1, 8)
+    total.total().zero_()
     with torch.profiler.profile(acc_events=True) as seen:  # it warns without
         packing.add(total, part, at[:, :2])
-        rows = packing.rows(total)
+        rows = packing.rows(total.total())
     calls = {event.key: event.count for event in seen.key_averages()}
     assert calls["aten::add_"] == 1 and "aten::cat" not in calls
     assert torch.equal(rows, part)
@@ -448,13 +450,21 @@ def test_rows_at_many_intervals() -> None:
     data, rows = torch.randn(64, 3), np.array([(5 * n, 5 * n + 1 + n % 3) for n in range(12)])
     part = take(data, rows)
     assert torch.equal(part, torch.cat([data[lo:hi] for lo, hi in rows.tolist()]))
-    for add in (False, True):
-        got, want, start = data.double(), data.double(), 0
-        put(got, rows, part, add)
-        for lo, hi in rows.tolist():
-            want[lo:hi] = part[start : start + hi - lo].double() + (want[lo:hi] if add else 0)
-            start += hi - lo
-        assert torch.equal(got, want)
+    got, want, start = data.clone(), data.clone(), 0
+    put(got, rows, part + 1)
+    for lo, hi in rows.tolist():
+        want[lo:hi] = part[start : start + hi - lo] + 1
+        start += hi - lo
+    assert torch.equal(got, want)
+    keys, brought = KV(data[:, None].clone(), 1, (2, 1)), KV(part[:, None].half(), 1, (2, 1))
+    sums = KVSums([Sum(x) for x in keys.k.chunk(2, -1)], Sum(keys.v))
+    for _ in range(2):
+        sums.add(rows, brought)
+    want = torch.zeros_like(data).index_copy_(
+        0, torch.cat([torch.arange(lo, hi) for lo, hi in rows.tolist()]), 2 * part.half().float()
+    )
+    got = torch.cat([x.total() for x in (*sums.k, sums.v)], -1)
+    assert torch.equal(got[0, :, 0], want)
 
 
 def test_a_layout_that_is_none() -> None:

@@ -101,12 +101,11 @@ def checked(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: tup
 
 def backward(kernel: Kernel, p: Problem, out: Tensor, lse: Tensor, start: float = 0.0, deterministic: bool = False) -> list[Tensor]:
     """The accumulators, from `start`, after both calls."""
-    exact = torch.promote_types(p.given.q.dtype, torch.float32)
-    sums = [torch.full_like(x, start, dtype=exact) for x in p.given[:3]]
+    sums = oracle.sums(p.given[:3], start)
     for spans, window in ((p.spans, p.window), (p.more, (-1, -1))):
         grad = Grad(p.given.q, out, p.given.d_out, lse, *sums, deterministic=deterministic)
         kernel.backward(grad, p.given.k, p.given.v, spans, window, Scores(scale=p.scale))
-    return sums
+    return [x.total() for x in sums]
 
 
 def check_forward(kernel: Kernel, p: Problem, tolerance: float) -> None:
@@ -142,12 +141,12 @@ def check_lse_gradient(kernel: Kernel, dtype: torch.dtype, device: torch.device,
         loss = (out * p.given.d_out.double().cpu()).sum() + (lse * d_lse.double().cpu()).sum()
         want = torch.autograd.grad(loss, leaves)
         exact = torch.promote_types(dtype, torch.float32)
-        sums = [torch.zeros_like(x, dtype=exact) for x in p.given[:3]]
+        sums = oracle.sums(p.given[:3])
         saved = (out.detach().to(device, dtype), p.given.d_out, torch.where(some, lse.detach(), -torch.inf).to(device, exact))
         grad = Grad(p.given.q, *saved, *sums, d_lse=d_lse.to(exact))
         kernel.differentiate(grad, p.given.k, p.given.v, p.spans, window, Scores(scale=p.scale))
         for got, expected in zip(sums, want, strict=True):
-            assert oracle.error(got.cpu(), expected) <= TOLERANCE[dtype]
+            assert oracle.error(got.total().cpu(), expected) <= TOLERANCE[dtype]
 
 
 def check_backward(kernel: Kernel, p: Problem, tolerance: float) -> None:

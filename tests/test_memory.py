@@ -36,7 +36,7 @@ class Nothing(Kernel):
         return q.new_zeros(1).expand(q.shape[0], rows, q.shape[2], v.shape[3]), lse
 
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        pass
+        _ = grad.totals
 
 
 def peak(run: Callable[[], object]) -> float:

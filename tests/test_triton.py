@@ -242,21 +242,21 @@ def test_no_spans(device: torch.device) -> None:
     none = np.zeros((0, 4), dtype=np.int64)
     out, lse = Triton().forward(*p.given[:3], none, (-1, -1), Scores(scale=1.0))
     assert out.shape == (2, 0, 2, 8) and lse.shape == (2, 2, 0)
-    sums = [torch.ones_like(x) for x in p.given[:3]]
+    sums = oracle.sums(p.given[:3], 1.0)
     saved = torch.zeros_like(p.given.d_out), torch.zeros(2, 2, ROWS, device=device)
     grad = Grad(p.given.q, saved[0], p.given.d_out, saved[1], *sums)
     Triton().backward(grad, *p.given[1:3], none, (-1, -1), Scores(scale=1.0))
-    assert all((x == 1).all() for x in sums)
+    assert all((x.total() == 1).all() for x in sums)
 
 
 @launches
 def test_rows_that_see_nothing_have_no_gradient(device: torch.device) -> None:
     p = problem(SPANS["one"], (-1, -1), (2, 1, 8, 8), torch.float32, device)
     lse = torch.full((2, 2, ROWS), -torch.inf, device=device)
-    sums = [torch.ones_like(x) for x in p.given[:3]]
+    sums = oracle.sums(p.given[:3], 1.0)
     grad = Grad(p.given.q, torch.zeros_like(p.given.d_out), p.given.d_out, lse, *sums)
     Triton().backward(grad, *p.given[1:3], p.spans, p.window, Scores(scale=p.scale))
-    assert all((x == 1).all() for x in sums)
+    assert all((x.total() == 1).all() for x in sums)
 
 
 # -- how scores are made ---------------------------------------------------------------------------------------------------------
@@ -304,15 +304,16 @@ def check_scores(kernel: Triton, p: Problem, given: Scores, tolerance: float, de
     assert oracle.error(out, want) <= tolerance and oracle.error(lse, want_lse) <= min(tolerance, 1e-4)
     full = torch.zeros_like(exact[3]).index_copy_(1, p.rows.to(want.device), want)
     full_lse = want_lse.new_full((*want_lse.shape[:2], full.shape[1]), torch.inf).index_copy_(2, p.rows.to(want.device), want_lse)
-    sums, wanted = ([torch.ones_like(x, dtype=kind) for x in p.given[:3]] for kind in (torch.float32, torch.float64))
-    biases = [None, None] if given.bias is None else [torch.ones_like(given.bias, dtype=x.dtype) for x in (sums[0], wanted[0])]
+    sums, wanted = oracle.sums(p.given[:3], 1.0), oracle.sums(exact[:3], 1.0)
+    biases = [None, None] if given.bias is None else [torch.ones_like(given.bias, dtype=x) for x in (torch.float32, torch.float64)]
     grad = Grad(
         p.given.q, full.to(out.dtype), p.given.d_out, full_lse.float(), *sums, deterministic=deterministic, d_bias=biases[0]
     )
     kernel.backward(grad, *p.given[1:3], p.spans, p.window, given)
     grad = Grad(exact[0], full, exact[3], full_lse, *wanted, deterministic=deterministic, d_bias=biases[1])
     Reference().backward(grad, *exact[1:3], p.spans, p.window, given)
-    pairs = [*zip(("dq", "dk", "dv"), sums, wanted, strict=True), *([("d_bias", *biases)] if given.bias is not None else [])]
+    found = [(name, one.total(), other.total()) for name, one, other in zip(("dq", "dk", "dv"), sums, wanted, strict=True)]
+    pairs = [*found, *([("d_bias", *biases)] if given.bias is not None else [])]
     for what, got, expected in pairs:
         assert oracle.error(got, expected) <= tolerance, (what, oracle.error(got, expected))
 

@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from . import engine, kernels
 from .agree import asked, check_alike
+from .held import exact_dtype
 from .layouts import check_layout
 from .mask import Mask, check_cu_seqlens, check_window
-from .merge import exact_dtype
 from .passes import inner_of, kernel_for, shape_of
 from .plan import ALL_TO_ALL, check_transport
 from .recipe import Recipe, content, layout_of, mask_of

@@ -15,8 +15,8 @@ from torch import Tensor, library
 
 from .agree import asked, check_alike
 from .heads import deal, teams
+from .held import exact_dtype
 from .layouts import looks_at_documents
-from .merge import exact_dtype
 from .passes import Extras, Job, backward, forward, inner_of, job_of
 from .recipe import Recipe, content, layout_of
 from .transport import LocalTransport, Transport, transport_of
@@ -214,7 +214,7 @@ def attention_backward(
 def _(saved: Sequence[Tensor], _: Tensor | None, tables: Sequence[Tensor | None], total: Sequence[int], *rest: Any) -> list[Tensor]:
     (d_out, *qkv), kept, (_, _, recipe, wants_bias) = saved[:4], saved[6:], rest
     cu_q, cu_k, _, _, bias, sink = tables
-    grads = [torch.empty_like(x) for x in qkv]
+    grads = [x.new_empty(x.shape) for x in qkv]
     if kept:
         made = Recipe.parse(recipe)
         transport, cu_k = transport_of(made.group), cu_q if cu_k is None else cu_k

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .device import on_device
 from .geometry import coalesce
+from .held import exact_dtype
 from .layout import PACKINGS, Layout
-from .merge import exact_dtype
 from .transport import Exchange, Wait
 from .walk import put, room, take
 

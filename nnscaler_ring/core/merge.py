@@ -6,20 +6,13 @@ of the difference, which neither overflows nor underflows at any size of the log
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
-from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of partial results and gradients: fp32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+from .held import Held, Part, at_once, exact_dtype, fused
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -27,15 +20,21 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
     merge_all_(out, lse, [(block_out, block_lse)], fresh=False)
 
 
-def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[tuple[Tensor, Tensor]], fresh: bool) -> None:
+def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[tuple[Tensor, Tensor]], fresh: bool, into: Tensor | None = None) -> None:
     """Merge results into `out` and `lse` in place, or store what they merge to where these are `fresh` and hold nothing yet.
 
-    One kernel on an accelerator where Triton is there, for up to `at_once` results; a chain of torch ops elsewhere.
+    One kernel on an accelerator where Triton is there, for up to `at_once` results; a chain of torch ops elsewhere. `into` takes
+    out in place of `out`, in another dtype: rounded once.
     """
-    if at_once(out.device.type) > 1 and not (fresh and len(parts) == 1):
+    into = out if into is None else into
+    if fresh and len(parts) == 1:
+        into.copy_(parts[0][0])
+        lse.copy_(parts[0][1])
+        return
+    if at_once(out.device.type) > 1:
         kernel = fused()
         assert kernel is not None
-        kernel.merge_(out, lse, parts, fresh)
+        kernel.merge_(out, lse, parts, fresh, into)
         return
     if fresh:
         out.copy_(parts[0][0])
@@ -44,65 +43,62 @@ def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[tuple[Tensor, Tensor]],
         weight = torch.sigmoid(part_lse - lse).nan_to_num_(nan=0.0)  # -inf less -inf: neither has seen anything
         out.lerp_(part.to(out.dtype), weight.to(out.dtype))
         lse.copy_(torch.logaddexp(lse, part_lse))
+    if into is not out:
+        into.copy_(out)
 
 
-def at_once(device: str) -> int:
-    """How many results are merged in one pass over memory."""
-    return 1 if device not in ("cuda", "xpu") or (kernel := fused()) is None else int(kernel.MOST)
+class Results(Held):
+    """out ``[B, L, H, Dv]`` and lse ``[B, L, H, 1]`` of calls over disjoint keys; a part is the same of some rows.
 
-
-@lru_cache(maxsize=1)
-def fused() -> ModuleType | None:
-    """`kernels.fused`, or None without Triton."""
-    return None if importlib.util.find_spec("triton") is None else importlib.import_module(".kernels.fused", __package__)
-
-
-class Results:
-    """out ``[B, L, H, Dv]`` and lse ``[B, L, H, 1]`` of calls over disjoint keys.
-
-    What comes is held until a row would have more than `at_once`: in half precision results that are merged together take 2 bytes
-    an element each, and 2 to 8 once, one after the other 10 each. `flush` before reading.
+    Args:
+        lse: where the log-sum-exp ends, uninitialised.
+        width: Dv.
+        dtype: in which out is merged.
+        out: memory to merge it in, uninitialised; None: made, or taken, when it is needed.
     """
 
-    def __init__(self, out: Tensor, lse: Tensor) -> None:
-        self.out, self.lse, self.most = out, lse, at_once(out.device.type)
-        self._held: list[tuple[np.ndarray, Tensor, Tensor]] = []
-        self._depth = np.zeros(out.shape[1], dtype=np.int64)
+    def __init__(self, lse: Tensor, width: int, dtype: torch.dtype, out: Tensor | None = None) -> None:
+        super().__init__(lse.shape[1], lse.device)
+        self.lse, self._shape, self._dtype, self._made = lse, (*lse.shape[:3], width), dtype, out
 
-    def add(self, blocks: np.ndarray, part: Tensor, part_lse: Tensor) -> None:
-        """The result of a call, ``[B, n, H, Dv]`` and ``[B, n, H, 1]``.
+    @property
+    def out(self) -> Tensor:
+        if self._made is None:
+            self._made = self.lse.new_empty(self._shape, dtype=self._dtype)
+        return self._made
 
-        Args:
-            blocks: rows ``i0:i1`` of the results, end to end in the part, each with whether it is their first: ``[m, 3]``.
-        """
-        more = np.zeros_like(self._depth)
-        for i0, i1, _ in blocks.tolist():
-            more[i0:i1] += 1
-        if (self._depth + more).max(initial=0) > self.most:
-            self.flush()
-        self._held.append((blocks, part, part_lse))
-        self._depth += more
-        if self.most == 1:
-            self.flush()
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """The end: out, contiguous, rounded once; it may be the very part that has come."""
+        if dtype != self._dtype:
+            return self.store(self.lse.new_empty(self._shape, dtype=dtype))
+        self.finish()
+        return self.out
 
-    def flush(self) -> None:
-        """Merge what is held."""
-        cuts = np.unique(np.concatenate([blocks[:, :2].ravel() for blocks, _, _ in self._held])) if self._held else ()
-        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in cuts]
-        first = [False for _ in cuts]
-        for blocks, part, part_lse in self._held:
-            start = 0
-            for i0, i1, fresh in blocks.tolist():
-                for n in range(*np.searchsorted(cuts, (i0, i1)).tolist()):
-                    at = slice(start + int(cuts[n]) - i0, start + int(cuts[n + 1]) - i0)
-                    first[n] |= bool(fresh)
-                    found[n].append((part[:, at], part_lse[:, at]))
-                start += i1 - i0
-        for n, parts in enumerate(found):
+    def store(self, into: Tensor) -> Tensor:
+        """The end: out in another dtype, rounded once."""
+        for rows, parts, seen in self._pieces(0, len(self._seen)):
+            end, lse = into[:, rows], self.lse[:, rows]
             if parts:
-                rows = slice(int(cuts[n]), int(cuts[n + 1]))
-                merge_all_(self.out[:, rows], self.lse[:, rows], parts, first[n])
-        self._held, self._depth = [], np.zeros_like(self._depth)
+                merge_all_(self.out[:, rows] if seen else end, lse, [(out, lse) for out, lse in parts], not seen, end)
+            elif seen:
+                end.copy_(self.out[:, rows])
+            else:
+                end.zero_()
+                lse.fill_(float("-inf"))
+        return into
+
+    def _start(self) -> None:
+        if self._made is None and (part := self._taken(lambda part: part[0].dtype == self._dtype)):
+            self._made, lse = part
+            self.lse.copy_(lse)
+            self._seen[:] = True
+
+    def _combine(self, rows: slice, parts: Sequence[Part], seen: bool) -> None:
+        merge_all_(self.out[:, rows], self.lse[:, rows], [(out, lse) for out, lse in parts], fresh=not seen)
+
+    def _clear(self, rows: slice) -> None:
+        self.out[:, rows].zero_()
+        self.lse[:, rows].fill_(float("-inf"))
 
 
 def update_out_and_lse(

@@ -17,16 +17,17 @@ from torch import Tensor
 from . import kernels
 from .device import on_device
 from .heads import Pack, Team, team_of, teams, to_heads, to_tokens
+from .held import at_once, exact_dtype
 from .kernels import Case, Grad, Kernel, Scores
-from .kernels.base import clear
 from .layout import Layout
-from .merge import Results, at_once, exact_dtype
+from .merge import Results
 from .plan import ALL_TO_ALL, plan
 from .recipe import Recipe, content, layout_of, mask_of
 from .scaling import Shape, machine_of, row_transport
 from .steps import RankPlan, Step, among
+from .sums import Whole
 from .transport import Exchange, LocalTransport, Transport, Wait, transport_of
-from .walk import KV, Visit, staggered, walk
+from .walk import KVSums, Visit, staggered, walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,38 +230,44 @@ def _attend(
     """The walk over key/value rows: out and lse of q's rows; `most` is the greatest number of key heads of a rank."""
     exact = exact_dtype(q.dtype)
     again = plan.num_results > at_once(q.device.type)  # merged into what was merged before: in fp32, sums of weights in float64
-    out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=exact if again or extras.sink is not None else q.dtype)
+    end = q.dtype if extras.sink is None else exact
+    dtype = exact if again else end
     summed = torch.float64 if again and q.device.type != "xpu" else exact  # not every XPU has it
-    lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=summed)
+    lse = q.new_empty((*q.shape[:3], 1), dtype=summed)
     scores = replace(job.scores(plan, extras, q.device), merged=plan.num_merges > 0)
     k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
-    found = list[Results]()
+    split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
+    whole = q.new_empty((*q.shape[:3], v.shape[3]), dtype=end) if len(split) > 1 else None
+    memory = whole if dtype == end else None
+    found = [Results(lse[:, :, hq], v.shape[3], dtype, None if memory is None else memory[:, :, hq]) for hq, _ in split]
 
-    def visit(heads: slice) -> Visit:
+    def visit(n: int) -> Visit:
+        heads, results = split[n][0], found[n]
         mine = scores.of_heads(heads)
-        results = Results(out[:, :, heads], lse[:, :, heads])
-        found.append(results)
 
-        def run(step: Step, k: Tensor, v: Tensor, grads: KV | None) -> None:
+        def run(step: Step, k: Tensor, v: Tensor, grads: KVSums | None) -> None:
             here = replace(mine, k_at=k_at.get(step)) if k_at else mine
             for calls in step.calls if k.shape[2] else ():
                 part = _features(calls.part, job.recipe, q)
                 result, its_lse = kernel.forward(q[:, :, heads, part], k[..., part], v, calls.spans, calls.window, here)
-                results.add(calls.blocks, result, its_lse.transpose(1, 2).unsqueeze(3))
+                results.add(calls.blocks[:, :2], result, its_lse.transpose(1, 2).unsqueeze(3))
 
         return run
 
     if k.shape[2]:
         kernel = _kernel(job.recipe, q, k, v, extras)
-    split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
-    yield from staggered([walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), None, None) for hq, hk in split])
-    for results in found:
-        results.flush()
+    yield from staggered([walk(plan, k[:, :, hk], v[:, :, hk], visit(n), None, None) for n, (_, hk) in enumerate(split)])
+    if whole is None:
+        out = found[0].result(end)
+    else:
+        out = whole
+        for (heads, _), results in zip(split, found, strict=True):
+            _ = results.result(end) if memory is not None else results.store(whole[:, :, heads])
     if extras.sink is not None:  # one more key, without a value
         sink = extras.sink.to(exact).view(-1, 1)
         out *= torch.sigmoid(lse - sink).nan_to_num_(nan=0.0)  # -inf less -inf: there is nothing
         lse = torch.logaddexp(lse, sink)
-    return out.to(q.dtype), lse.to(exact).squeeze(3).transpose(1, 2).contiguous()
+    return out if out.dtype == q.dtype else out.to(q.dtype), lse.to(exact).squeeze(3).transpose(1, 2).contiguous()
 
 
 def _features(part: int, recipe: Recipe, q: Tensor) -> slice:
@@ -279,9 +286,7 @@ def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept:
     With what the forward walk `kept`, all but d_out are empty and tell shapes only.
     """
     if job.inner == 1:
-        dq, dk, dv, *rest = yield from _differentiate_attend(job, plan, d_lse, saved, extras, d_bias, saved[2].shape[2])
-        assert dq is not None and dk is not None and dv is not None
-        return dq.to(saved[1].dtype), torch.empty_like(saved[2]).copy_(dk), torch.empty_like(saved[3]).copy_(dv), *rest
+        return (yield from _differentiate_attend(job, plan, d_lse, saved, extras, d_bias, saved[2].shape[2]))
     d_out, q, k, v, _, _ = saved
     heads, bias, sink = q.shape[2], extras.bias, extras.sink
     q_team, k_team = job.teams(plan, heads, k.shape[2])
@@ -299,7 +304,7 @@ def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept:
     dq, dk, dv, d_rows, d_logits = yield from _differentiate_attend(job, plan, d_lse, read, extras, d_bias, k_team.most)
     assert dq is not None and dk is not None and dv is not None
     wire = job.recipe.wire(k.dtype) if k_team.shared or job.recipe.reduce_dtype else k.dtype
-    packs = [Pack(q_team, "q", [dq.to(q.dtype)]), Pack(k_team, "k", [k_team.add_repeats(x).to(wire) for x in (dk, dv)])]
+    packs = [Pack(q_team, "q", [dq]), Pack(k_team, "k", [k_team.add_repeats(x).to(wire) for x in (dk, dv)])]
     if d_rows is not None:
         packs.append(Pack(q_team, "q", [d_rows.permute(1, 0, 2).unsqueeze(0)]))
     (dq,), (dk, dv), *d_biases = yield from to_tokens(packs)
@@ -316,55 +321,47 @@ def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept:
 def _differentiate_attend(
     job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, extras: Extras, wants_bias: bool, most: int
 ) -> Gradients:
-    """The walk that undoes `_attend`: dq, dk, dv, d_bias and d_sink in the dtype of partial results."""
+    """The walk that undoes `_attend`: dq, dk, dv, d_bias and d_sink; dk and dv are not yet rounded where ranks share heads."""
     d_out, q, k, v, out, lse = saved
     exact = exact_dtype(q.dtype)
-    homes, walks = [], []
     d_bias = torch.zeros_like(extras.bias, dtype=exact) if wants_bias and extras.bias is not None else None
     scores = job.scores(plan, extras, q.device)
     k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
+    split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
+    features = [_features(n, job.recipe, q) for n in range(job.recipe.parts)]
+    dq = Whole(q, q.dtype, [(hq, each) for hq, _ in split for each in features])
+    dk = Whole(k, k.dtype if job.inner == 1 else exact, [(hk, each) for _, hk in split for each in features])
+    dv = Whole(v, v.dtype if job.inner == 1 else exact, [(hk, slice(None)) for _, hk in split])
 
-    def visit(heads: slice) -> Visit:
+    def visit(n: int) -> Visit:
+        heads = split[n][0]
         mine = scores.of_heads(heads)
         whole = d_bias is None or d_bias.shape[0] == 1
         bias = d_bias if whole or d_bias is None else d_bias[heads]
 
-        def run(step: Step, k: Tensor, v: Tensor, grads: KV | None) -> None:
+        def run(step: Step, k: Tensor, v: Tensor, grads: KVSums | None) -> None:
             assert grads is not None
-            of_k, of_v = [np.zeros(k.shape[1], dtype=bool) for _ in range(parts)], np.zeros(k.shape[1], dtype=bool)
             here = replace(mine, k_at=k_at.get(step)) if k_at else mine
             read = (out[:, :, heads], d_out[:, :, heads], lse[:, heads])
             of_lse = None if d_lse is None else d_lse[:, heads]
             for calls in step.calls if k.shape[2] else ():
                 part = _features(calls.part, job.recipe, q)
-                sums = (dq[:, :, heads, part], grads.k[..., part], grads.v)
-                seen = (of_q[heads.start, calls.part], of_k[calls.part], of_v)
+                sums = dq.parts[n * len(features) + calls.part], grads.k[calls.part], grads.v
                 plain = q[:, :, heads, part], *read, *sums
-                grad = Grad(*plain, deterministic=job.recipe.deterministic, d_bias=bias, d_lse=of_lse, seen=seen)
+                grad = Grad(*plain, deterministic=job.recipe.deterministic, d_bias=bias, d_lse=of_lse)
                 kernel.differentiate(grad, k[..., part], v, calls.spans, calls.window, here)
-            for n, each in enumerate(of_k):
-                clear(grads.k[..., _features(n, job.recipe, q)], each)
-            clear(grads.v, of_v)
 
         return run
 
     if k.shape[2]:
         kernel = _kernel(job.recipe, q, k, v, extras, d_lse)
-    once = k.shape[2] > 0 and kernel.stores and not plan.num_merges
-    dq, parts = torch.empty_like(q, dtype=q.dtype if once else exact), job.recipe.parts
-    split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
-    of_q = {(hq.start, n): np.zeros(q.shape[1], dtype=bool) for hq, _ in split for n in range(parts)}
-    for hq, hk in split:
-        home = KV.make(k.shape[1], k[:, :, hk], v[:, :, hk], exact)
-        homes.append(home)
-        walks.append(walk(plan, k[:, :, hk], v[:, :, hk], visit(hq), home, job.recipe.wire(k.dtype)))
+    walks = []
+    for n, (_, hk) in enumerate(split):
+        home = KVSums(dk.parts[n * len(features) : (n + 1) * len(features)], dv.parts[n])
+        walks.append(walk(plan, k[:, :, hk], v[:, :, hk], visit(n), home, job.recipe.wire(k.dtype)))
     yield from staggered(walks)
-    for hq, _ in split:
-        for n in range(parts):
-            clear(dq[:, :, hq, _features(n, job.recipe, q)], of_q[hq.start, n])
-    dk, dv = [home.k for home in homes], [home.v for home in homes]
     d_sink = None if extras.sink is None else _of_sink(extras.sink, d_lse, d_out, out, lse)
-    return (dq, dk[0], dv[0], d_bias, d_sink) if len(homes) == 1 else (dq, torch.cat(dk, 2), torch.cat(dv, 2), d_bias, d_sink)
+    return dq.finish(), dk.finish(), dv.finish(), d_bias, d_sink
 
 
 def _of_sink(sink: Tensor, d_lse: Tensor | None, d_out: Tensor, out: Tensor, lse: Tensor) -> Tensor:

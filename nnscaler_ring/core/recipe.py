@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import layouts, mask
+from .held import exact_dtype
 from .layout import PACKINGS, Layout
-from .merge import exact_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

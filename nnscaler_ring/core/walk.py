@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from .device import on_device
+from .held import exact_dtype
 from .steps import Message, RankPlan, Step
+from .sums import Sum
 from .transport import Exchange, Wait, Walk
 
-Visit = Callable[[Step, Tensor, Tensor, "KV | None"], None]
+Visit = Callable[[Step, Tensor, Tensor, "KVSums | None"], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +38,25 @@ class KV:
 
     @classmethod
     def pack(cls, messages: Sequence[Message], k: Tensor, v: Tensor) -> Callable[[np.ndarray], Tensor]:
-        """`take` from the rows of ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]`` that messages are about, packed once for all."""
-        rows = [m.rows for m in messages if m.size]
-        first, end = min((int(r[0, 0]) for r in rows), default=0), max((int(r[-1, 1]) for r in rows), default=0)
-        packed = cls.make(end - first, k, v, k.dtype)
-        packed.k.copy_(k[:, first:end])
-        packed.v.copy_(v[:, first:end])
-        return lambda rows: take(packed.data, rows - first)
+        """`take` from the rows of ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]`` that messages are about.
+
+        Packed once for all messages, or for each its own where these are fewer rows.
+        """
+
+        def rows_of(rows: np.ndarray) -> Tensor:
+            packed, start = cls.make(int((rows[:, 1] - rows[:, 0]).sum()), k, v, k.dtype), 0
+            for lo, hi in rows.tolist():
+                packed.k[:, start : start + hi - lo].copy_(k[:, lo:hi])
+                packed.v[:, start : start + hi - lo].copy_(v[:, lo:hi])
+                start += hi - lo
+            return packed.data
+
+        some = [m.rows for m in messages if m.size]
+        first, end = min((int(r[0, 0]) for r in some), default=0), max((int(r[-1, 1]) for r in some), default=0)
+        if sum(m.size for m in messages) <= end - first and all(len(r) <= MANY for r in some):
+            return rows_of
+        packed = rows_of(np.array([[first, end]]))
+        return lambda rows: take(packed, rows - first)
 
     @property
     def k(self) -> Tensor:
@@ -54,13 +68,51 @@ class KV:
         """``[B, n, Hk, Dv]`` view."""
         return self.data[..., self.heads * self.dims[0] :].unflatten(-1, (self.heads, self.dims[1])).transpose(0, 1)
 
+    def over(self, data: Tensor) -> KV:
+        """Other rows of this kind."""
+        return KV(data, self.heads, self.dims)
+
     def part(self, step: Step) -> KV:
         """The buffer of a step in its memory."""
-        return KV(self.data[step.at : step.at + step.size], self.heads, self.dims)
+        return self.over(self.data[step.at : step.at + step.size])
+
+    def empty(self, size: int, dtype: torch.dtype) -> KV:
+        """Uninitialised rows of this kind."""
+        return self.over(self.data.new_empty(size, *self.data.shape[1:], dtype=dtype))
 
     def like(self, dtype: torch.dtype) -> KV:
         """As many uninitialised rows."""
-        return KV(torch.empty_like(self.data, dtype=dtype), self.heads, self.dims)
+        return self.empty(len(self.data), dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class KVSums:
+    """dK and dV of some rows, to which calls and messages add; dK in a sum for each part of the features."""
+
+    k: Sequence[Sum]
+    v: Sum
+    rows: KV | None = None
+
+    @classmethod
+    def inside(cls, rows: KV, parts: int) -> KVSums:
+        """In the memory of packed rows, uninitialised."""
+        return cls([Sum(x, x) for x in rows.k.chunk(parts, -1)], Sum(rows.v, rows.v), rows)
+
+    def add(self, rows: np.ndarray, part: KV) -> None:
+        """Packed rows, end to end, for those of some intervals."""
+        at = _index(rows, part.data.device) if len(rows) > MANY else None
+        for total, piece in zip((*self.k, self.v), (*part.k.chunk(len(self.k), -1), part.v), strict=True):
+            if at is None:
+                total.add(rows, piece)
+            else:
+                total.total().index_add_(1, at, piece.to(total.total().dtype))
+
+    def filled(self, step: Step) -> KV:
+        """The rows of a step in the memory, with all that has come."""
+        assert self.rows is not None
+        for total in (*self.k, self.v):
+            total.finish(step.at, step.at + step.size)
+        return self.rows.part(step)
 
 
 MANY = 8
@@ -80,16 +132,14 @@ def room(data: Tensor, rows: np.ndarray) -> Tensor:
     return data[slice(*rows[0])] if len(rows) == 1 else data.new_empty(int((rows[:, 1] - rows[:, 0]).sum()), *data.shape[1:])
 
 
-def put(data: Tensor, rows: np.ndarray, part: Tensor, add: bool = False) -> None:
-    """Store rows at some intervals, or add them to what is there."""
+def put(data: Tensor, rows: np.ndarray, part: Tensor) -> None:
+    """Store rows at some intervals."""
     if len(rows) > MANY:
-        at, part = _index(rows, data.device), part.to(data.dtype)
-        _ = data.index_add_(0, at, part) if add else data.index_copy_(0, at, part)
+        data.index_copy_(0, _index(rows, data.device), part)
         return
     start = 0
     for lo, hi in rows.tolist():
-        into, piece = data[lo:hi], part[start : start + hi - lo]
-        _ = into.add_(piece) if add else into.copy_(piece)
+        data[lo:hi].copy_(part[start : start + hi - lo])
         start += hi - lo
 
 
@@ -100,34 +150,34 @@ def _index(rows: np.ndarray, device: torch.device) -> Tensor:
     return on_device(np.arange((end - first).sum()) + np.repeat(first - before, end - first), device)
 
 
-def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KV | None, wire: torch.dtype | None) -> Walk:
+def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None, wire: torch.dtype | None) -> Walk:
     """One pass over the steps: key/value rows go out, gradients come home.
 
     Args:
         k, v: the own shard, ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]``.
-        visit: called with a step, its keys and values, and uninitialised memory for their gradients, which it fills.
-        home: where the gradients of the own shard are added up, uninitialised; None in the forward pass.
+        visit: called with a step, its keys and values, and the sums of their gradients, to which it adds.
+        home: the sums of the gradients of the own shard; None in the forward pass.
         wire: dtype in which gradients travel; None in the forward pass.
     """
     arriving = yield from _fetch(plan, 1, None, k, v)
     visit(plan.steps[0], k, v, home)
-    settle: Callable[[KV | None], None] = lambda grads: None  # noqa: E731
+    settle: Callable[[KVSums | None, int], None] = lambda grads, at: None  # noqa: E731
     opened = 1
     for t in range(1, len(plan.steps)):
         memory, step = arriving(), plan.steps[t]
         arriving = yield from _fetch(plan, t + 1, memory, k, v)
         if not step.ends:
             continue
-        grads = None if home is None else memory.like(home.data.dtype)
+        grads = None if home is None else KVSums.inside(memory.like(exact_dtype(k.dtype)), len(home.k))
         visit(step, memory.k, memory.v, grads)
         del memory
         if home is not None and grads is not None and wire is not None:
             for s in range(opened, t + 1):
-                here = grads.part(plan.steps[s])
-                settle(here)  # adds what the ranks before have gathered for these rows
-                settle = yield from _send_home(plan, s, here, home, wire)
+                here = plan.steps[s]
+                settle(grads, here.at)  # adds what the ranks before have gathered for these rows
+                settle = yield from _send_home(plan, s, grads.filled(here), home, wire)
         opened = t + 1
-    settle(None)
+    settle(None, 0)
 
 
 def _fetch(plan: RankPlan, t: int, memory: KV | None, k: Tensor, v: Tensor) -> Generator[Exchange, Wait, Callable[[], KV]]:
@@ -159,26 +209,26 @@ def _fetch(plan: RankPlan, t: int, memory: KV | None, k: Tensor, v: Tensor) -> G
 
 
 def _send_home(
-    plan: RankPlan, t: int, grads: KV, home: KV, wire: torch.dtype
-) -> Generator[Exchange, Wait, Callable[[KV | None], None]]:
+    plan: RankPlan, t: int, grads: KV, home: KVSums, wire: torch.dtype
+) -> Generator[Exchange, Wait, Callable[[KVSums | None, int], None]]:
     """Start sending the gradients of step `t`'s rows to whoever holds them next, or home; returns how to add what arrives."""
     step, onward = plan.steps[t], plan.steps[t + 1 : t + 2] if plan.steps[t].relays else ()
     own = [m for m in step.home_receive if m.peer == plan.rank]
     for message, rows in zip((m for m in step.home_send if m.peer == plan.rank), own, strict=True):
-        put(home.data, rows.rows, take(grads.data, message.rows), add=True)
+        home.add(rows.rows, grads.over(take(grads.data, message.rows)))
     send = [m for m in (*step.home_send, *(m for s in onward for m in s.send)) if m.peer != plan.rank]
-    to_home = [(m, _empty_rows(grads, m, wire)) for m in step.home_receive if m.peer != plan.rank]
-    to_next = [(m, _empty_rows(grads, m, wire)) for s in onward for m in s.receive]
+    to_home = [(m, grads.empty(m.size, wire)) for m in step.home_receive if m.peer != plan.rank]
+    to_next = [(m, grads.empty(m.size, wire)) for s in onward for m in s.receive]
     outbox = [(m.peer, take(grads.data, m.rows).to(wire)) for m in send]
-    wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in (*to_home, *to_next)], grads.data.device)
+    wait = yield _to_others(plan, outbox, [(m.peer, x.data) for m, x in (*to_home, *to_next)], grads.data.device)
 
-    def settle(following: KV | None) -> None:
+    def settle(following: KVSums | None, at: int) -> None:
         wait()
-        for message, data in to_home:
-            put(home.data, message.rows, data, add=True)
-        for message, data in to_next:
+        for message, rows in to_home:
+            home.add(message.rows, rows)
+        for message, rows in to_next:
             assert following is not None
-            put(following.data, message.rows, data, add=True)
+            following.add(message.rows + at, rows)
 
     return settle
 
@@ -190,10 +240,6 @@ def _to_others(plan: RankPlan, send: Mail, receive: Mail, device: torch.device) 
     """The messages that travel: not a rank's to itself, and none without content."""
     out, back = ([(peer, x) for peer, x in mail if peer != plan.rank and x.numel()] for mail in (send, receive))
     return Exchange(out, back, device)
-
-
-def _empty_rows(like: KV, message: Message, wire: torch.dtype) -> Tensor:
-    return like.data.new_empty(message.size, *like.data.shape[1:], dtype=wire)
 
 
 def staggered(walks: Sequence[Walk]) -> Walk:

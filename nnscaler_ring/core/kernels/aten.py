@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
@@ -107,10 +108,10 @@ class AtenCuda(Packed):
         if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
             raise NotImplementedError("FlashAttention-2 needs a GPU of compute capability 8.0 or newer")
 
-    def groups(self, q: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
+    def groups(self, q: Tensor, k: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
         sizes = [(i1 - i0, j1 - j0) for i0, i1, j0, j1 in spans.tolist()]
         alone = all(suits_cudnn(q, size, window, deterministic) for size in sizes)
-        return [spans[n : n + 1] for n in range(len(spans))] if alone else [spans]
+        return np.split(spans, range(1, len(spans))) if alone else super().groups(q, k, spans, window, deterministic)
 
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if call.cu_q is None and suits_cudnn(q, call.most, call.window, call.deterministic):

@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..sums import Sum
 
 Spans = np.ndarray
 """``[n, 4]`` ``(i0, i1, j0, j1)``: rows ``i0:i1`` of q read rows ``j0:j1`` of k and v. No two spans share a query row."""
@@ -120,8 +121,6 @@ class Kernel(ABC):
     """What it has of `Scores.features`."""
     takes_d_lse: bool = False
     """`backward` looks at `Grad.d_lse`."""
-    stores: bool = False
-    """`backward` looks at `Grad.seen`, and adds to each query row once a call."""
 
     def check(self, case: Case) -> None:
         """Nothing, or NotImplementedError that says what this backend lacks for `case`."""
@@ -159,23 +158,19 @@ class Kernel(ABC):
         Without it in the backend all keys get a value of 1 besides theirs, of which `d_lse` is the gradient; its part of `out`,
         which is counted in `d_lse`, is 0. So such a backend has no dropout, and values one wider.
         """
-        through_a_value = grad.d_lse is not None and not self.takes_d_lse
-        if grad.seen is not None and (through_a_value or not self.stores):
-            for total, seen in zip((grad.dq, grad.dk, grad.dv), grad.seen, strict=True):
-                clear(total, seen)
         if grad.d_lse is None or self.takes_d_lse:
             self.backward(grad, k, v, spans, window, scores)
             return
         column = grad.d_lse.transpose(1, 2).unsqueeze(3).to(grad.d_out.dtype)
         d_out, out = torch.cat([grad.d_out, column], 3), torch.cat([grad.out, torch.zeros_like(column)], 3)
-        dv = grad.dv.new_zeros(*grad.dv.shape[:3], grad.dv.shape[3] + 1)
         wide = torch.cat([v, torch.ones_like(v[..., :1])], 3)
-        self.backward(replace(grad, d_out=d_out, out=out, dv=dv, d_lse=None, seen=None), k, wide, spans, window, scores)
-        grad.dv.add_(dv[..., :-1])
+        dv = Sum(wide)
+        self.backward(replace(grad, d_out=d_out, out=out, dv=dv, d_lse=None), k, wide, spans, window, scores)
+        grad.dv.add(np.array([[0, v.shape[1]]]), dv.total()[..., :-1])
 
     @abstractmethod
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        """Add each span's part of dq, dk and dv to the accumulators in `grad`."""
+        """Add each span's part of dq, dk and dv to the sums in `grad`: in place in their `total`, or as parts that they `add`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,63 +180,28 @@ class Grad:
     Attributes:
         q, out, d_out: ``[B, L, Hq, D or Dv]``; `out` is the result over *all* keys, not of one call.
         lse: ``[B, Hq, L]`` over all keys.
-        dq: ``[B, L, Hq, D]`` accumulator, fp32 (float64 for float64), or in q's dtype where no row is added to twice.
-        dk, dv: ``[B, M, Hk, D or Dv]`` accumulators of the buffer's rows.
+        dq: the sum ``[B, L, Hq, D]`` of the queries.
+        dk, dv: the sums ``[B, M, Hk, D or Dv]`` of the buffer's rows.
         d_bias: accumulator like `Scores.bias`, or None where its gradient is not asked for.
         d_lse: ``[B, Hq, L]`` gradient of `lse`, or None: it adds to that of every score, by the weight before dropout.
-        seen: which rows of dq, dk and dv have been added to, bool on the host; the others hold nothing yet, see `add`. None where
-            all hold something.
     """
 
     q: Tensor
     out: Tensor
     d_out: Tensor
     lse: Tensor
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
+    dq: Sum
+    dk: Sum
+    dv: Sum
     _: KW_ONLY
     deterministic: bool = False
     d_bias: Tensor | None = None
     d_lse: Tensor | None = None
-    seen: tuple[Seen, Seen, Seen] | None = None
 
-
-Seen = np.ndarray
-"""bool ``[rows]``."""
-
-
-def add(total: Tensor, lo: int, hi: int, part: Tensor, seen: Seen | None) -> None:
-    """Add to rows ``lo:hi`` of an accumulator ``[B, rows, ...]``; what comes first to a row is stored: it need not be zero before.
-
-    Example:
-        >>> total, seen = torch.full((1, 3), float("nan")), np.zeros(3, dtype=bool)
-        >>> add(total, 0, 2, torch.ones(1, 2), seen)
-        >>> add(total, 1, 3, torch.ones(1, 2), seen)
-        >>> total.tolist()
-        [[1.0, 2.0, 1.0]]
-    """
-    if seen is None:
-        total[:, lo:hi] += part
-        return
-    for first, end, held in _runs(seen[lo:hi]):
-        into, data = total[:, lo + first : lo + end], part[:, first:end]
-        _ = into.add_(data) if held else into.copy_(data)
-    seen[lo:hi] = True
-
-
-def clear(total: Tensor, seen: Seen) -> None:
-    """Zero the rows of an accumulator to which nothing was added."""
-    for first, end, held in _runs(seen):
-        if not held:
-            total[:, first:end].zero_()
-    seen[:] = True
-
-
-def _runs(seen: Seen) -> list[tuple[int, int, bool]]:
-    """Rows of one kind, ``first:end``, in order."""
-    cuts = [0, *(np.flatnonzero(seen[1:] != seen[:-1]) + 1).tolist(), len(seen)]
-    return [(first, end, bool(seen[first])) for first, end in pairwise(cuts) if first < end]
+    @property
+    def totals(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv to add to in place."""
+        return self.dq.total(), self.dk.total(), self.dv.total()
 
 
 def rows(spans: Spans) -> Sequence[tuple[int, int, int, int]]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..device import on_device
 from ..geometry import coalesce
-from .base import Grad, Kernel, Scores, Seen, Spans, Window, add
+from ..sums import Sum
+from .base import Grad, Kernel, Scores, Spans, Window
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,10 +77,12 @@ class Read(NamedTuple):
     d_lse: Tensor | None
 
 
+WORTH = 16 << 20
+"""Bytes to copy for which another launch is worth it: there and back in 8 us at 4 TB/s."""
+
+
 class Packed(Kernel):
     """A backend whose library takes rows end to end."""
-
-    stores = True
 
     @abstractmethod
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,16 +97,23 @@ class Packed(Kernel):
         width = -(-max(head_dim, head_dim_v) // 8) * 8
         return width, width
 
-    def groups(self, q: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
-        """The spans of each call: here all in one; `q` as it is padded."""
-        return [spans]
+    def groups(self, q: Tensor, k: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
+        """The spans of each call; `q` and `k` as they are padded.
+
+        Here all in one, or those that lie end to end where copying the others' rows for one call takes longer than a call more.
+        """
+        apart = (spans[1:, 0] != spans[:-1, 1]) | (spans[1:, 2] != spans[:-1, 3])
+        moved = [(spans[:, 1] - spans[:, 0]).sum() * q[0, :1].nbytes, 2 * (spans[:, 3] - spans[:, 2]).sum() * k[0, :1].nbytes]
+        copied = sum(size for size, n in zip(moved, (0, 2), strict=True) if len(coalesce(spans[:, n : n + 2])) > 1)
+        together = q.shape[0] * copied <= WORTH * apart.sum()
+        return [spans] if together else np.split(spans, np.flatnonzero(apart) + 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
         batch, head_dim_v = q.shape[0], v.shape[-1]
         width, width_v = self.widths(q.shape[-1], head_dim_v)
         (q, k), (v,) = pad(q, k, width=width), pad(v, width=width_v)
         outs, lses = [], []
-        for group in self.groups(q, spans, window, False):
+        for group in self.groups(q, k, spans, window, False):
             packing = Packing(group, q)
             out, lse = self.attend(packing.call(window, scores), packing.rows(q), packing.keys(k), packing.keys(v))
             outs.append(packing.apart(out, batch)[..., :head_dim_v])
@@ -113,16 +123,15 @@ class Packed(Kernel):
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
         width, width_v = self.widths(grad.q.shape[-1], v.shape[-1])
         (q, k), (v, out, d_out) = pad(grad.q, k, width=width), pad(v, grad.out, grad.d_out, width=width_v)
-        for group in self.groups(q, spans, window, grad.deterministic):
+        for group in self.groups(q, k, spans, window, grad.deterministic):
             packing = Packing(group, q)
             call = packing.call(window, scores, grad.deterministic)
             read = (packing.rows(d_out), packing.rows(q), packing.keys(k), packing.keys(v), packing.rows(out))
             d_lse = None if grad.d_lse is None else packing.columns(grad.d_lse)
             dq, dk, dv = self.gradients(call, Read(*read, packing.columns(grad.lse), d_lse))
-            seen_q, seen_k, seen_v = grad.seen or (None, None, None)
-            packing.add(grad.dq, dq, group[:, :2], seen_q)
-            packing.add(grad.dk, dk, group[:, 2:], seen_k)
-            packing.add(grad.dv, dv, group[:, 2:], seen_v)
+            packing.add(grad.dq, dq, group[:, :2])
+            packing.add(grad.dk, dk, group[:, 2:])
+            packing.add(grad.dv, dv, group[:, 2:])
 
 
 class Packing:
@@ -170,12 +179,9 @@ class Packing:
         parts = [x[:, lo:hi] for lo, hi in coalesce(at).tolist()]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
 
-    def add(self, total: Tensor, part: Tensor, at: Spans, seen: Seen | None = None) -> None:
-        """Add a gradient of the spans' rows to the accumulator; spans may share keys."""
-        part, start = self.apart(part, total.shape[0]), 0
-        for lo, hi in coalesce(at).tolist():
-            add(total, lo, hi, part[:, start : start + hi - lo, :, : total.shape[-1]], seen)
-            start += hi - lo
+    def add(self, total: Sum, part: Tensor, at: Spans) -> None:
+        """Add a gradient of the spans' rows; spans may share keys."""
+        total.add(coalesce(at), self.apart(part, total.like.shape[0])[..., : total.like.shape[-1]])
 
 
 def bounds(counts: Sequence[int], like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..merge import exact_dtype
+from ..held import exact_dtype
 from .base import Case, Grad, Kernel, Scores, Spans, Window, philox, rows
 
 MAX_SCORES = 1 << 26
@@ -39,7 +39,7 @@ class Reference(Kernel):
         return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
 
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        heads_k = k.shape[2]
+        heads_k, (dq, dk, dv) = k.shape[2], grad.totals
         for piece in _pieces(grad.q, spans):
             i0, i1, j0, j1, _ = piece
             q, key, value = _tile(grad.q, i0, i1), _tile(k, j0, j1, grad.q), _tile(v, j0, j1, grad.q)
@@ -57,9 +57,9 @@ class Reference(Kernel):
                 d_bias = d_scores.sum((0, 1) if grad.d_bias.shape[0] == 1 else 0)
                 grad.d_bias[:, i0:i1].index_add_(2, scores.k_at[j0:j1], d_bias.view(-1, i1 - i0, j1 - j0))
             d_scores = (d_scores if slope is None else d_scores * slope) * scores.scale
-            grad.dq[:, i0:i1] += (d_scores @ key).transpose(1, 2)
-            grad.dk[:, j0:j1] += _fold(d_scores.mT @ q, heads_k)
-            grad.dv[:, j0:j1] += _fold(used.mT @ d_out, heads_k)
+            dq[:, i0:i1] += (d_scores @ key).transpose(1, 2)
+            dk[:, j0:j1] += _fold(d_scores.mT @ q, heads_k)
+            dv[:, j0:j1] += _fold(used.mT @ d_out, heads_k)
 
 
 Piece = tuple[int, int, int, int, int]

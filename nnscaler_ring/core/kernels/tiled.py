@@ -12,7 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..merge import exact_dtype, merge_
+from ..held import exact_dtype
+from ..merge import merge_
 from . import tiles
 from .base import Grad, Kernel, Scores, Spans, Window, rows
 from .packed import pad
@@ -46,7 +47,7 @@ class Tiled(Kernel):
         return out[..., :head_dim_v], lse
 
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        heads_k = k.shape[2]
+        heads_k, (all_q, all_k, all_v) = k.shape[2], grad.totals
         q, k, v, out, d_out = pad(grad.q, k, v, grad.out, grad.d_out)
         k, v = self._heads_as(q, k), self._heads_as(q, v)
         for i0, i1, j0, j1 in rows(spans):
@@ -57,9 +58,9 @@ class Tiled(Kernel):
                     read = [*(_rows(x[b], at) for x in (d_out, q)), *(_keys(x[b], at) for x in (k, v)), _rows(out[b], at)]
                     lse = _tiled(grad.lse[b].transpose(1, 2).unsqueeze(3), at.i0, at.i1, at).squeeze(3)
                     dq, dk, dv = self._run_backward(at.kind, read, lse, mask, scores.scale)
-                    _add_rows(grad.dq[b], dq, at)
-                    _add_keys(grad.dk[b], dk, at, heads_k)
-                    _add_keys(grad.dv[b], dv, at, heads_k)
+                    _add_rows(all_q[b], dq, at)
+                    _add_keys(all_k[b], dk, at, heads_k)
+                    _add_keys(all_v[b], dv, at, heads_k)
 
     def _span(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor]:
         """One span's result: that of its one piece, or its pieces merged in fp32."""

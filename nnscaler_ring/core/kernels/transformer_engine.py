@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,10 +66,10 @@ class TransformerEngine(Packed):
     def widths(self, head_dim: int, head_dim_v: int) -> tuple[int, int]:
         return (192, 128) if 128 < head_dim <= 192 and head_dim_v <= 128 else super().widths(head_dim, head_dim_v)
 
-    def groups(self, q: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
+    def groups(self, q: Tensor, k: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
         """Rows end to end need a GPU of 9.0 or newer."""
         together = torch.cuda.get_device_capability()[0] > 8
-        return [spans] if together else [spans[n : n + 1] for n in range(len(spans))]
+        return super().groups(q, k, spans, window, deterministic) if together else np.split(spans, range(1, len(spans)))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
         run = super().forward if _has(window) else self.elsewhere.forward

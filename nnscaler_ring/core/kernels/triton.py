@@ -126,7 +126,7 @@ class Triton(Kernel):
         from . import triton_kernels as compiled
 
         q, (batch, length, heads, _), heads_k = grad.q, grad.q.shape, k.shape[2]
-        given, sizes = _Given(scores, q.device), self._sizes(q, v, scores)
+        (dq, dk, dv), given, sizes = grad.totals, _Given(scores, q.device), self._sizes(q, v, scores)
         d_bias = grad.d_bias if scores.bias is not None else None
         delta, logs = torch.empty(2, batch, heads, length, dtype=torch.float32, device=q.device)
         if grad.d_lse is not None:
@@ -137,8 +137,8 @@ class Triton(Kernel):
         step = programs if alone is None else len(tiles) * alone
         for program0 in range(0, programs, max(step, 1)):
             compiled.grad_queries[(step,)](
-                *(q, k, v, grad.out, grad.d_out, grad.lse, delta, logs, grad.dq, d_bias, tiles, *given.tensors),
-                *(*_strides(q, k, v, grad.out, grad.d_out), *grad.lse.stride(), *delta.stride()[:2], *_strides(grad.dq)),
+                *(q, k, v, grad.out, grad.d_out, grad.lse, delta, logs, dq, d_bias, tiles, *given.tensors),
+                *(*_strides(q, k, v, grad.out, grad.d_out), *grad.lse.stride(), *delta.stride()[:2], *_strides(dq)),
                 *((0, 0, 0) if d_bias is None else _bias_strides(d_bias)),
                 *given.strides,
                 *(len(tiles), heads, heads // heads_k, *_sides(window), *given.numbers, program0),
@@ -151,8 +151,8 @@ class Triton(Kernel):
         tiles, visits = _tables("keys", spans, window, sizes.keys, q.device)
         if len(tiles):
             compiled.grad_keys[(len(tiles) * batch * heads_k,)](
-                *(q, k, v, grad.d_out, delta, logs, grad.dk, grad.dv, tiles, visits, *given.tensors),
-                *(*_strides(q, k, v, grad.d_out), *delta.stride()[:2], *_strides(grad.dk, grad.dv), *given.strides),
+                *(q, k, v, grad.d_out, delta, logs, dk, dv, tiles, visits, *given.tensors),
+                *(*_strides(q, k, v, grad.d_out), *delta.stride()[:2], *_strides(dk, dv), *given.strides),
                 *(len(tiles), heads, heads // heads_k, *_sides(window), *given.numbers),
                 **_constants(q, v, sizes.keys),
                 **given.flags,

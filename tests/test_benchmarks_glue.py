@@ -1,0 +1,59 @@
+"""What the engine moves besides kernels, counted in bytes: the limits of the project, on paper, where no GPU is at hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.glue import WAYS, Moved, count, table
+
+LIMITS = {"causal": (0.02, 0.03), "full": (0.02, 0.03), "window 1,024": (0.05, 0.05), "packed mix": (0.05, 0.05)}
+"""Of the forward pass and of the backward pass, for what `auto` takes."""
+
+
+@pytest.mark.parametrize(("mask", "layout"), [(mask, layout) for mask, layout, transport in WAYS if transport == "auto"])
+def test_the_limits(mask: str, layout: str) -> None:
+    """8 ranks of 8k tokens, at the published speed of flash-attn 4."""
+    for share, limit in zip(count(mask, layout, "auto").share, LIMITS[mask], strict=True):
+        assert 0 < share <= limit
+
+
+def test_one_rank_moves_nothing() -> None:
+    """But its log-sum-exp: what a single call gives is the result, and its gradients are the gradients."""
+    forward, backward = count("causal", "contiguous", "auto", ranks=1).bytes
+    assert forward == 4 * 32 * 8192 * 4 and backward == 0
+
+
+def test_all_gather_of_a_full_mask() -> None:
+    """In shards of keys and values: each pass packs the own one and puts it beside the others'; the parts of all eight are made
+    fp32 to travel; what comes home is added up four at a time, and rounded once."""
+    forward, backward = (size // 8 for size in count("full", "contiguous", "all_gather").bytes)
+    shard, own, lse = 8192 * 8 * 256 * 2, 4, 32 * 8192 * 4
+    assert forward == own * shard + 4 * lse
+    assert backward == (own + 8 * (1 + 2) + (4 * 2 + 2) + (2 + 4 * 2 + 1)) * shard
+
+
+def test_what_is_counted() -> None:
+    x, half = torch.empty(4, 8, device="meta"), torch.empty(4, 8, dtype=torch.bfloat16, device="meta")
+    row, index = torch.empty(1, 8, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    for run, wanted in (
+        (lambda: x[1:].transpose(0, 1).unflatten(0, (2, 4)), 0),
+        (lambda: torch.empty_like(x), 0),
+        (lambda: x.zero_(), 128),
+        (lambda: x.copy_(half), 192),
+        (lambda: x.add_(half), 128 + 64 + 128),
+        (lambda: x.to(torch.bfloat16), 192),
+        (lambda: torch.cat([x, x]), 512),
+        (lambda: row.expand(4, 8).contiguous(), 32 + 128),
+        (lambda: x.index_select(0, index), 128),
+        (lambda: x.index_add_(0, index, x[:2]), 192),
+        (lambda: x.index_copy_(0, index, x[:2]), 128),
+    ):
+        with Moved() as moved:
+            run()
+        assert moved.bytes == wanted
+
+
+def test_the_table() -> None:
+    rows = [line for line in table(1).splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(WAYS)

@@ -1,0 +1,227 @@
+"""Sums of gradients: what comes first is stored and the rest added, one by one or several at once; nothing is zeroed before.
+
+Memory that nobody filled is NaN here, as deterministic mode makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nnscaler_ring.core import kernels, sums
+from nnscaler_ring.core.held import fused
+from nnscaler_ring.core.kernels import Case
+from nnscaler_ring.core.kernels.packed import Call, Packed, Read
+from nnscaler_ring.core.kernels.reference import Reference
+from nnscaler_ring.core.layouts import LAYOUTS
+from nnscaler_ring.core.plan import ALL_TO_ALL, TRANSPORTS, plan
+from nnscaler_ring.core.recipe import Recipe, layout_of, mask_of
+from nnscaler_ring.core.sums import Sum
+from tests import oracle, releases
+from tests.interpreter import many_at_once, skip_without_triton
+
+SIZES, HEADS, SCALE = (2, 24, 24), (4, 2, 8, 8), 0.3
+
+
+class Whole(Packed):
+    """A kernel that takes rows end to end, by the reference, in float64."""
+
+    name = "whole"
+
+    def check_sizes(self, case: Case) -> None:
+        return None
+
+    def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        one = call.cu_q is not None
+        q, k, v = (x[None] if one else x for x in (q, k, v))
+        spans = releases.spans_of(q, k, call.cu_q, call.cu_k)
+        out, lse = Reference().forward(q, k, v, spans, call.window, kernels.Scores(scale=call.scale))
+        return (out[0], lse[0]) if one else (out, lse)
+
+    def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
+        one = call.cu_q is not None
+        d_out, q, k, v, out, lse = (x[None] if one else x for x in read[:6])
+        totals = oracle.sums((q, k, v))
+        grad = kernels.Grad(q, out, d_out, lse, *totals)
+        Reference().backward(
+            grad, k, v, releases.spans_of(q, k, call.cu_q, call.cu_k), call.window, kernels.Scores(scale=call.scale)
+        )
+        return [(x.total()[0] if one else x.total()).to(x.like.dtype) for x in totals]
+
+
+@pytest.fixture(autouse=True)
+def nan_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(kernels, "KERNELS", {"whole": (Whole(),), "reference": (Reference(),)})
+    kernels.choose.cache_clear()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    kernels.choose.cache_clear()
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "full": {},
+    "window": {"causal": True, "window": (5, 0)},
+    "sinks": {"causal": True, "window": (3, 0), "sinks": 2},
+    "far": {"causal": True, "far": 6},
+    "packed": {"causal": True},
+    "two heads at a time": {"causal": True, "heads_stride": 1},
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_all_layouts_and_transports(name: str, world: int) -> None:
+    cu = (0, 5, 6, 17, 24) if name == "packed" else None
+    given, ran = oracle.inputs(world, SIZES, (4, 2, 16, 8) if name == "far" else HEADS), 0
+    for layout in LAYOUTS:
+        if cu is None and "per-document" in layout:
+            continue
+        for transport in (*TRANSPORTS, ALL_TO_ALL, "auto"):
+            answers = []
+            for kernel in ("whole", "reference"):
+                how = Recipe(group=f"local:{world}", layout=layout, transport=transport, kernel=kernel, **MASKS[name])
+                answers.append(oracle.run(given, SCALE, how, cu_q=cu))
+            for mine, theirs in zip(*answers, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+            ran += 1
+    assert ran >= 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("layout", "transport", "name"),
+    [
+        ("zigzag", "ring", "causal"),
+        ("zigzag", "grouped_ring", "causal"),
+        ("zigzag", "all_gather", "full"),
+        ("contiguous", "halo", "window"),
+        ("stripe", "ring", "two heads at a time"),
+        ("zigzag", "ring", "far"),
+        ("balanced", "ring", "packed"),
+        ("zigzag-per-document", "all_gather", "packed"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_many_at_once(dtype: torch.dtype, layout: str, transport: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As accelerators do it: what comes for a row is held, and added up in one pass over memory."""
+    cu = (0, 5, 6, 17, 24) if name == "packed" else None
+    for world in (3, 8):
+        given = oracle.inputs(world, SIZES, (4, 2, 16, 8) if name == "far" else HEADS, dtype)
+        how = Recipe(group=f"local:{world}", layout=layout, transport=transport, kernel="whole", **MASKS[name])
+        with monkeypatch.context() as patch:
+            want = oracle.run(given, SCALE, how, cu_q=cu)
+            many_at_once(patch)
+            got = oracle.run(given, SCALE, how, cu_q=cu)
+        oracle.assert_close(got, oracle.Answer(*(x.double() for x in want)), 3e-2 if dtype == torch.bfloat16 else 1e-10)
+
+
+def test_dq_is_the_kernels_own_where_nothing_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a zigzag rank under all_gather: rounded once, and no memory in fp32."""
+    many_at_once(monkeypatch)
+    given = oracle.inputs(0, SIZES, HEADS, torch.bfloat16)
+    how = Recipe(group="local:4", layout="zigzag", transport="all_gather", kernel="whole", causal=True)
+    held, seen = layout_of("zigzag", 24, 4), mask_of(how, 24, 24, None, None, None)
+    assert not any(plan(seen, held, held, "all_gather", rank).num_merges for rank in range(4))
+    made, ended, gradients, result = list[Tensor](), list[Sum](), Whole.gradients, Sum.result
+
+    def kept(self: Whole, call: Call, read: Read) -> Sequence[Tensor]:
+        found = gradients(self, call, read)
+        made.append(found[0])
+        return found
+
+    def noted(self: Sum, dtype: torch.dtype) -> Tensor:
+        ended.append(self)
+        return result(self, dtype)
+
+    monkeypatch.setattr(Whole, "gradients", kept)
+    monkeypatch.setattr(Sum, "result", noted)
+    answer = oracle.run(given, SCALE, how)
+    assert torch.equal(answer.dq.flatten(1).sort(1)[0], torch.cat([x.reshape(2, -1) for x in made], 1).sort(1)[0])
+    of_queries = [x for x in ended if x.like.shape[2] == HEADS[0]]
+    assert len(of_queries) == 4 and all(x.memory is None for x in of_queries)
+
+
+@pytest.mark.parametrize("most", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_any_rows_in_any_order(dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts share rows with others and with themselves; some rows are finished before the others, some have none."""
+    many_at_once(monkeypatch)
+    rng, passes_over_memory = np.random.default_rng(most), mock.Mock(side_effect=sums.add_all)
+    monkeypatch.setattr(sums, "add_all", passes_over_memory)
+    for _ in range(40):
+        total = Sum(torch.empty(2, 12, 1, 2, dtype=dtype))
+        total.most = most
+        want = torch.zeros(2, 12, 1, 2)
+        for _ in range(int(rng.integers(0, 9))):
+            ends = rng.integers(0, 13, (int(rng.integers(1, 4)), 2))
+            rows = np.sort(ends, 1)
+            part = torch.from_numpy(rng.integers(-4, 5, (2, int(np.diff(rows).sum()), 1, 2))).to(torch.bfloat16)  # sums are exact
+            total.add(rows, part)
+            for (lo, hi), piece in zip(rows.tolist(), part.split(np.diff(rows).ravel().tolist(), 1), strict=True):
+                want[:, lo:hi] += piece
+            assert total._depth.max() <= (most if most > 1 else 0)
+            if rng.random() < 0.3:
+                lo, hi = sorted(rng.integers(0, 13, 2).tolist())
+                total.finish(lo, hi)
+                assert torch.equal(total._total[:, lo:hi], want[:, lo:hi]) and not total._depth[lo:hi].any()
+        assert torch.equal(total.result(dtype).float(), want)
+    assert max(len(call.args[1]) for call in passes_over_memory.call_args_list) == most + 1
+
+
+def test_a_part_of_all_rows_is_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is copied; what comes besides is added to it. Of another dtype it is not."""
+    many_at_once(monkeypatch)
+    everything, some = np.array([[0, 4]]), np.array([[1, 3]])
+    for kind in (torch.bfloat16, torch.float32):
+        part = torch.randn(2, 4, 1, 2).to(kind)
+        total = Sum(torch.empty(2, 4, 1, 2, dtype=torch.bfloat16))
+        total.add(everything, part)
+        want, got = part.to(torch.bfloat16), total.result(torch.bfloat16)
+        assert torch.equal(got, want) and (got.data_ptr() == part.data_ptr()) == (kind == torch.bfloat16)
+
+        total = Sum(torch.empty(2, 4, 1, 2, dtype=kind))
+        total.add(some, torch.ones(2, 2, 1, 2))
+        total.add(everything, part)
+        want = part.float()
+        want[:, 1:3] += 1
+        got = total.result(kind)
+        assert torch.equal(got, want.to(kind)) and got.data_ptr() == part.data_ptr()
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_in_place(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel adds to the memory itself, to what others have left there."""
+    many_at_once(monkeypatch)
+    total = Sum(torch.empty(1, 4, 1, 1, dtype=torch.bfloat16))
+    total.most = most
+    total.add(np.array([[1, 3]]), torch.ones(1, 2, 1, 1))
+    total.total().add_(1)
+    total.add(np.array([[0, 2]]), torch.ones(1, 2, 1, 1))
+    assert total.total().flatten().tolist() == [2, 3, 2, 1] and total.total().dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 3, (torch.float32, torch.bfloat16, torch.float32)], ids=str)
+def test_the_fused_sum(dtypes: Sequence[torch.dtype]) -> None:
+    """Of rows of larger tensors, with an odd head dim; rounded once."""
+    skip_without_triton()
+    kernel = fused()
+    assert kernel is not None
+    generator = torch.Generator().manual_seed(0)
+    into, *kinds = dtypes
+    for number in range(2, kernel.MOST + 2):
+        out = torch.full((2, 9, 5, 7), 8.0, dtype=into)
+        terms = [torch.randn(2, 4, 9, 7, generator=generator).transpose(1, 2)[:, 2:] for _ in range(number)]
+        terms = [x.to(kind) for x, kind in zip(terms, [*kinds, *kinds, *kinds], strict=False)]
+        kernel.add_(out[:, 1:8, 1:], terms)
+        want = sum(x.float() for x in terms)
+        rounding = 0.0 if into == torch.float32 else 2**-7  # the interpreter cuts off where a GPU rounds
+        torch.testing.assert_close(out[:, 1:8, 1:].float(), want, rtol=rounding, atol=0)
+        assert (out[:, 0] == 8).all() and (out[:, 8] == 8).all() and (out[:, :, 0] == 8).all()
