@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.glue import WAYS, Moved, count, table
+from benchmarks.glue import MASKS, WAYS, Moved, count, table
+from nnscaler_ring.core.layouts import build
+from nnscaler_ring.core.mask import build as build_mask
+from nnscaler_ring.core.plan import plan
+from nnscaler_ring.core.scaling import Shape, step_bytes
 
 LIMITS = {"causal": (0.02, 0.03), "full": (0.02, 0.03), "window 1,024": (0.05, 0.05), "packed mix": (0.05, 0.05)}
 """Of the forward pass and of the backward pass, for what `auto` takes."""
@@ -57,3 +61,24 @@ def test_what_is_counted() -> None:
 def test_the_table() -> None:
     rows = [line for line in table(1).splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(WAYS)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "transport"),
+    [
+        ("causal", "zigzag", "ring"),
+        ("causal", "zigzag", "grouped_ring"),
+        ("full", "contiguous", "ring"),
+        ("full", "contiguous", "all_gather"),
+    ],
+)
+def test_the_model_of_time_has_most_of_it(name: str, layout: str, transport: str) -> None:
+    """All but what leads to messages and from them, and the log-sum-exp."""
+    total, shape = 8 * 8192, Shape()
+    seen, held = build_mask(total, **MASKS[name]), build(layout, total, 8)
+    plans = [plan(seen, held, held, transport, rank) for rank in range(8)]
+    counted = count(name, layout, transport).bytes
+    for backward in (False, True):
+        modelled = sum(step_bytes(each, t, shape, 4, backward) for each in plans for t in range(len(each.steps)))
+        messages, logs = 4 * total * shape.row, 4 * total * shape.heads * 4
+        assert modelled <= counted[backward] <= 1.1 * modelled + messages + logs

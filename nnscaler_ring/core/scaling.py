@@ -1,8 +1,8 @@
 """What a plan takes on a machine, on paper: bytes, balance, calls, and a timeline of compute and network.
 
 The model has two lanes a rank, which a stream orders as the engine does: the exchange of step ``t + 1`` starts when the calls of
-step `t` do, gradients leave when they end. Calls take the tiles that a kernel computes at the kernel's speed on large blocks, a
-launch each, and merges the memory's bandwidth. Peers are taken to be as far as the rank itself.
+step `t` do, gradients leave when they end. Calls take the tiles that a kernel computes at the kernel's speed on large blocks, and a
+launch each; what is merged and added up takes the memory's bandwidth. Peers are taken to be as far as the rank itself.
 """
 
 from __future__ import annotations
@@ -46,21 +46,23 @@ NETWORKS: Mapping[str, Network] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Speed:
-    """A kernel on a device: FLOP/s of forward and backward calls on large blocks, s a launch, bytes/s of its memory."""
+    """A kernel on a device: FLOP/s of forward and backward calls on large blocks, s a launch, bytes/s of its memory, and how many
+    results or gradients of a row are put together at once."""
 
     name: str
     forward: float
     backward: float
     launch: float = 6e-6
     memory: float = 3.0e12
+    at_once: int = 4
 
 
 SPEEDS: Mapping[str, Speed] = MappingProxyType(
     {
         "fa2-h100": Speed("FlashAttention-2, H100", 366e12, 330e12),
-        "cudnn-h200": Speed("cuDNN, H200", 655e12, 526e12),
-        "fa4-h200": Speed("FlashAttention-4, H200", 675e12, 629e12),
-        "cpu-core": Speed("torch on one CPU core", 50e9, 45e9, 2e-5, 1e10),
+        "cudnn-h200": Speed("cuDNN, H200", 655e12, 526e12, memory=4.0e12),
+        "fa4-h200": Speed("FlashAttention-4, H200", 675e12, 629e12, memory=4.0e12),
+        "cpu-core": Speed("torch on one CPU core", 50e9, 45e9, 2e-5, 1e10, at_once=1),
     }
 )
 """Kernels that have a name, with what they reach on 8k tokens, head dim 128, bf16, causal."""
@@ -148,7 +150,9 @@ def timeline(
         if t + 1 < len(rank.steps):
             following = rank.steps[t + 1]
             arrived = send(f"rows of step {t + 1}", _rows(rank, following) * shape.row, len(following.receive), start)
-        done = start + _seconds(step, shape, speed, backward)
+        flops = step_tiles(step) * TILE * TILE * shape.flops(backward)
+        calls = flops / (speed.backward if backward else speed.forward) + speed.launch * len(step.calls)
+        done = start + calls + step_bytes(rank, t, shape, speed.at_once, backward) / speed.memory
         compute.append(Bar(f"step {t}", start, done))
         if backward and t:
             send(f"gradients of step {t}", _gradient_rows(rank, t) * shape.gradient_row, 1, done)
@@ -169,14 +173,21 @@ def _gradient_rows(rank: RankPlan, t: int) -> int:
     return max(sum(out), sum(back))
 
 
-def _seconds(step: Step, shape: Shape, speed: Speed, backward: bool) -> float:
-    """Time of a step's calls, and of merging their results forward, one after the other."""
-    flops = step_tiles(step) * TILE * TILE * shape.flops(backward)
-    seconds = flops / (speed.backward if backward else speed.forward) + speed.launch * len(step.calls)
-    if not backward:
-        merged = sum(int((b[:, 1] - b[:, 0])[b[:, 2] == 0].sum()) for b in (calls.blocks for calls in step.calls))
-        seconds += merged * shape.batch * shape.heads * shape.dim_v * (8 + shape.element) / speed.memory
-    return seconds
+def step_bytes(rank: RankPlan, t: int, shape: Shape, at_once: int, backward: bool) -> float:
+    """What a step reads and writes besides its calls: results merged, or gradients added up, `at_once` of a row in one pass.
+
+    Of each part its own bytes, and of the sum in fp32, which is read and written, a share. Gradients of rows that came from others
+    are made fp32 to travel, with what has arrived for them. Copies that lead to and from messages are left out.
+    """
+    step, total = rank.steps[t], 8 / at_once
+    merged = sum(int((b[:, 1] - b[:, 0])[b[:, 2] == 0].sum()) for b in (calls.blocks for calls in step.calls))
+    moved = merged * shape.batch * shape.heads * (shape.dim if backward else shape.dim_v) * (shape.element + total)
+    if backward and t:
+        onward = rank.steps[t + 1].receive if step.relays and t + 1 < len(rank.steps) else ()
+        came, home = (sum(m.size for m in messages) for messages in (onward, step.home_receive))
+        width = shape.batch * shape.heads_k * (shape.dim + shape.dim_v)
+        moved += step.size * (shape.row + 4 * width) + came * shape.gradient_row + home * (shape.gradient_row + total * width)
+    return moved
 
 
 # -- a whole world ---------------------------------------------------------------------------------------------------------------
