@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import kernels
 from .device import on_device
+from .geometry import coalesce
 from .heads import Pack, Team, team_of, teams, to_heads, to_tokens
 from .held import at_once, exact_dtype
 from .kernels import Case, Grad, Kernel, Scores
@@ -249,8 +250,10 @@ def _attend(
             here = replace(mine, k_at=k_at.get(step)) if k_at else mine
             for calls in step.calls if k.shape[2] else ():
                 part = _features(calls.part, job.recipe, q)
-                result, its_lse = kernel.forward(q[:, :, heads, part], k[..., part], v, calls.spans, calls.window, here)
-                results.add(calls.blocks[:, :2], result, its_lse.transpose(1, 2).unsqueeze(3))
+                rows, keys = q[:, :, heads, part], k[..., part]
+                for spans in kernel.groups(rows, keys, calls.spans, calls.window, False):
+                    result, its_lse = kernel.forward(rows, keys, v, spans, calls.window, here)
+                    results.add(coalesce(spans[:, :2]), result, its_lse.transpose(1, 2).unsqueeze(3))
 
         return run
 

@@ -137,6 +137,10 @@ class Kernel(ABC):
     def check_sizes(self, case: Case) -> None:
         """The part of `check` about device, dtype and sizes."""
 
+    def groups(self, q: Tensor, k: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
+        """The spans that are best given to `forward` together, in order: here all."""
+        return [spans]
+
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
         """Attention of each span.

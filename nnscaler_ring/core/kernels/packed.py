@@ -98,7 +98,7 @@ class Packed(Kernel):
         return width, width
 
     def groups(self, q: Tensor, k: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
-        """The spans of each call; `q` and `k` as they are padded.
+        """The spans of each call of the library.
 
         Here all in one, or those that lie end to end where copying the others' rows for one call takes longer than a call more.
         """

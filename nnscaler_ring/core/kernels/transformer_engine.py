@@ -68,6 +68,8 @@ class TransformerEngine(Packed):
 
     def groups(self, q: Tensor, k: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
         """Rows end to end need a GPU of 9.0 or newer."""
+        if not _has(window):
+            return self.elsewhere.groups(q, k, spans, window, deterministic)
         together = torch.cuda.get_device_capability()[0] > 8
         return super().groups(q, k, spans, window, deterministic) if together else np.split(spans, range(1, len(spans)))
 
