@@ -84,6 +84,8 @@ class Moved(TorchDispatchMode):
             self.bytes += size(rows) * (3 if name == "index_add_" else 2)
         elif name in ("copy_", "zero_", "fill_"):
             self.bytes += size(*given)
+        elif name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"):
+            self.bytes += size(*made)
         else:
             self.bytes += size(*given, *made)
         return result
@@ -100,7 +102,7 @@ class Moved(TorchDispatchMode):
 
         most, kernels = 4, SimpleNamespace(MOST=4, merge_=merge_, add_=add_)
         with ExitStack() as patches:
-            for module in (held, merge, passes, sums):
+            for module in (held, merge, passes):
                 patches.enter_context(mock.patch.object(module, "at_once", lambda _: most))
             for module in (merge, sums):
                 patches.enter_context(mock.patch.object(module, "fused", lambda: kernels))
@@ -136,10 +138,10 @@ def count(mask: str, layout: str, transport: str, ranks: int = RANKS, tokens: in
             before = counted.bytes
             (back,) = jobs[1].plans
             jobs[1].transport.run([backward(jobs[1], back, None, [d_out, q, k, v, out, lse], [], extras, False)])
-        for n, size in enumerate((before, counted.bytes - before)):
-            moved[n] += size
+        for n, found in enumerate((before, counted.bytes - before)):
+            moved[n] += found
             seconds[n] += plan.pairs * shape.flops(bool(n)) / (SPEED.backward if n else SPEED.forward)
-    share = tuple(size / MEMORY / second for size, second in zip(moved, seconds, strict=True))
+    share = tuple(found / MEMORY / second for found, second in zip(moved, seconds, strict=True))
     return Glue((moved[0], moved[1]), (share[0], share[1]))
 
 
@@ -149,7 +151,7 @@ def table(repeats: int) -> str:
     for mask, layout, transport in WAYS:
         glue = count(mask, layout, transport)
         shares = [f"{100 * share:.2f} %" for share in glue.share]
-        a_rank = [f"{size / RANKS / 1e6:,.0f}" for size in glue.bytes]
+        a_rank = [f"{found / RANKS / 1e6:,.0f}" for found in glue.bytes]
         rows.append((mask, f"{layout}, {transport}", a_rank[0], shares[0], a_rank[1], shares[1]))
     header = ("mask", "layout, transport", "MB a rank, forward", "of the kernel's time", "backward", "of the kernel's time")
     about = (

@@ -44,6 +44,7 @@ def test_what_is_counted() -> None:
         (lambda: x[1:].transpose(0, 1).unflatten(0, (2, 4)), 0),
         (lambda: torch.empty_like(x), 0),
         (lambda: x.zero_(), 128),
+        (lambda: x.new_zeros(2), 8),
         (lambda: x.copy_(half), 192),
         (lambda: x.add_(half), 128 + 64 + 128),
         (lambda: x.to(torch.bfloat16), 192),

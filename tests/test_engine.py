@@ -209,6 +209,19 @@ def test_opcheck(dtype: torch.dtype) -> None:
         library.opcheck(engine.attention_backward, saved, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_gradients_are_contiguous_as_their_fakes_are() -> None:
+    """Whatever the strides of what they are of, and of a bias whose rows have travelled for heads."""
+    how = recipe(group="pretend:1x2:1", kernel="reference")
+    q, k, v, d_out = (torch.randn(2, heads, 4, 8).transpose(1, 2) for heads in (4, 2, 2, 4))
+    bias = torch.randn(8, 4, 4).permute(2, 1, 0)  # [Hq, Lq, T]
+    tables, rest = [None, None, None, None, bias, None], (SCALE, 0, str(how))
+    out, lse, kept = engine.attention(q, k, v, *tables, 8, 8, *rest)
+    saved = ([d_out, q, k, v, out, lse, *kept], None, tables, [8, 8], *rest, True)
+    grads = engine.attention_backward(*saved)
+    assert len(grads) == 4 and all(x.is_contiguous() for x in grads)
+    library.opcheck(engine.attention_backward, saved, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_a_shard_of_the_wrong_size_is_refused() -> None:
     """What came is said, also where all ranks are in this process and too many rows would be left over in silence."""
     q, k, v, _ = oracle.inputs(0, (1, 8, 8), SMALL)

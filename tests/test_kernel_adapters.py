@@ -440,3 +440,22 @@ def test_what_is_installed_has_the_signatures_recorded_here() -> None:
         found.append(release.name)
     if not found:
         pytest.skip("needs flash-attn")
+
+
+@pytest.mark.parametrize(
+    ("spans", "apart"),
+    [
+        ([(0, 8192, 0, 8192)], [1]),
+        ([(0, 4096, 0, 4096), (4096, 8192, 4096, 8192)], [2]),  # end to end
+        ([(0, 8000, 0, 8000), (8000, 8192, 8200, 8400)], [2]),  # out would be copied, which is more than the keys
+        ([(0, 4096, 0, 8192), (4096, 8192, 0, 57344)], [1, 1]),  # keys that are read twice
+        ([(0, 100, 0, 100), (200, 300, 200, 300)], [2]),  # little to gather
+        ([(0, 4096, 0, 4096), (4096, 6144, 4096, 6144), (7000, 8192, 7000, 8192), (8192, 16384, 9000, 60000)], [2, 1, 1]),
+    ],
+)
+def test_spans_are_gathered_where_that_is_less(spans: list[tuple[int, int, int, int]], apart: list[int]) -> None:
+    """8 key heads of 128, 32 query heads, bf16."""
+    q, k = (torch.empty(1, 65536, heads, 128, dtype=BF16, device="meta") for heads in (32, 8))
+    made = FlashAttn4().groups(q, k, np.array(spans), (-1, 0), False)
+    assert [len(group) for group in made] == apart and np.array_equal(np.concatenate(made), spans)
+    assert len(FlashAttn4().groups(q[:0], k[:0], np.array(spans), (-1, 0), False)) == 1

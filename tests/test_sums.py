@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core import kernels, sums
+from nnscaler_ring.core import engine, kernels, sums
 from nnscaler_ring.core.held import fused
 from nnscaler_ring.core.kernels import Case
 from nnscaler_ring.core.kernels.packed import Call, Packed, Read
@@ -194,6 +194,22 @@ def test_a_part_of_all_rows_is_the_gradient(monkeypatch: pytest.MonkeyPatch) -> 
         want[:, 1:3] += 1
         got = total.result(kind)
         assert torch.equal(got, want.to(kind)) and got.data_ptr() == part.data_ptr()
+
+
+@pytest.mark.parametrize("transport", ["ring", "all_gather", "halo", "broadcast", "auto"])
+@pytest.mark.parametrize(("queries", "keys"), [(2, 2), (3, 3), (1, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_and_values_of_one_row_share_no_memory(dtype: torch.dtype, queries: int, keys: int, transport: str) -> None:
+    """A packed row of keys and values is contiguous in each of its halves; ops of torch give no two results in one memory."""
+    for rank in range(keys):
+        recipe = Recipe(group=f"pretend:{keys}:{rank}", transport=transport, kernel="reference", reduce_dtype=str(dtype)[6:])
+        held = layout_of("contiguous", queries, keys).counts[rank]
+        q, d_out = (torch.randn(1, held, 2, 8, dtype=dtype) for _ in range(2))
+        k, v = (torch.randn(1, 1, 2, 8, dtype=dtype) for _ in range(2))
+        about = ([None] * 6, [queries, keys], 0.3, 0, str(recipe))
+        out, lse, _ = engine.attention(q, k, v, *about[0], *about[1], *about[2:])
+        _, dk, dv = engine.attention_backward([d_out, q, k, v, out, lse], None, *about, False)
+        assert dk.untyped_storage().data_ptr() != dv.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("most", [1, 4])

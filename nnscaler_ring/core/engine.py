@@ -204,7 +204,7 @@ def attention_backward(
         dq, dk, dv, d_bias, d_sink = zip(*job.transport.run(walks), strict=True)
     grads = [job.whole(dq, job.q_layout), job.whole(dk, job.k_layout), job.whole(dv, job.k_layout)]
     if wants_bias and bias is not None:
-        grads.append(job.whole(d_bias, job.q_layout).to(bias.dtype))
+        grads.append(job.whole(d_bias, job.q_layout).to(bias.dtype).contiguous())
     if sink is not None:
         grads.append(torch.stack(d_sink).sum(0).to(sink.dtype))
     return grads
@@ -222,7 +222,7 @@ def _(saved: Sequence[Tensor], _: Tensor | None, tables: Sequence[Tensor | None]
         keys = total[1] if local else _held(made, transport, 1, transport.ranks[0], total[1], cu_k)
         rows = (d_out.shape[1], keys, keys)
         grads = [x.new_empty(x.shape[0], n, *x.shape[2:]) for x, n in zip(qkv, rows, strict=True)]
-    grads += [torch.empty_like(bias)] if wants_bias and bias is not None else []
+    grads += [bias.new_empty(bias.shape)] if wants_bias and bias is not None else []
     return grads + ([] if sink is None else [torch.empty_like(sink)])
 
 

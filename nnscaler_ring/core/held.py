@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from types import ModuleType
@@ -38,8 +38,8 @@ class Held(ABC):
     """Rows to which calls give one part after the other.
 
     What comes is held until a row would have more than `at_once`: in half precision parts that are put together take 2 bytes an
-    element each, and 4 to 8 once, one after the other 10 each. A part that has all rows can be their memory itself, which takes
-    none. Other memory may be uninitialised: `finish` fills all.
+    element each, and 2 to 8 once, one after the other 10 each. A part that has all rows can be their memory itself, which takes
+    none. Other memory may be uninitialised: `finish` fills all. What ends in another dtype is spent: nothing can be added to it.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -111,10 +111,12 @@ class Held(ABC):
         self._held, self._depth[lo:hi] = rest, 0
         return pieces
 
-    def _taken(self, fits: Callable[[Part], bool]) -> Part | None:
-        """A part that has all rows, is contiguous and `fits`, no longer held."""
+    def _taken(self, dtype: torch.dtype) -> Part | None:
+        """A part that has all rows in `dtype`, contiguous, in memory that is no other tensor's; it is no longer held."""
         for n, (lo, hi, part) in enumerate(self._held):
-            if hi - lo == len(self._seen) and part[0].is_contiguous() and fits(part):
+            first = part[0]
+            alone = first.is_contiguous() and first.untyped_storage().nbytes() == first.nbytes
+            if hi - lo == len(self._seen) and first.dtype == dtype and alone:
                 del self._held[n]
                 self._depth -= 1
                 return part

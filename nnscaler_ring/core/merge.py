@@ -20,11 +20,11 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
     merge_all_(out, lse, [(block_out, block_lse)], fresh=False)
 
 
-def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[tuple[Tensor, Tensor]], fresh: bool, into: Tensor | None = None) -> None:
+def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[Part], fresh: bool, into: Tensor | None = None) -> None:
     """Merge results into `out` and `lse` in place, or store what they merge to where these are `fresh` and hold nothing yet.
 
-    One kernel on an accelerator where Triton is there, for up to `at_once` results; a chain of torch ops elsewhere. `into` takes
-    out in place of `out`, in another dtype: rounded once.
+    One kernel on an accelerator where Triton is there, for up to `at_once` results; a chain of torch ops elsewhere, of `out` in
+    fp32. `into` takes out in place of `out`, in another dtype: rounded once.
     """
     into = out if into is None else into
     if fresh and len(parts) == 1:
@@ -36,6 +36,7 @@ def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[tuple[Tensor, Tensor]],
         assert kernel is not None
         kernel.merge_(out, lse, parts, fresh, into)
         return
+    assert into is out, "where one is merged at once nothing is held to the end"
     if fresh:
         out.copy_(parts[0][0])
         lse.copy_(parts[0][1])
@@ -43,8 +44,6 @@ def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[tuple[Tensor, Tensor]],
         weight = torch.sigmoid(part_lse - lse).nan_to_num_(nan=0.0)  # -inf less -inf: neither has seen anything
         out.lerp_(part.to(out.dtype), weight.to(out.dtype))
         lse.copy_(torch.logaddexp(lse, part_lse))
-    if into is not out:
-        into.copy_(out)
 
 
 class Results(Held):
@@ -67,19 +66,19 @@ class Results(Held):
             self._made = self.lse.new_empty(self._shape, dtype=self._dtype)
         return self._made
 
-    def result(self, dtype: torch.dtype) -> Tensor:
-        """The end: out, contiguous, rounded once; it may be the very part that has come."""
-        if dtype != self._dtype:
-            return self.store(self.lse.new_empty(self._shape, dtype=dtype))
-        self.finish()
-        return self.out
+    def result(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """The end: out in `dtype`, rounded once; in `into`, or where it was merged if that has this dtype.
 
-    def store(self, into: Tensor) -> Tensor:
-        """The end: out in another dtype, rounded once."""
+        That may be the very part that has come.
+        """
+        if dtype == self._dtype:
+            self.finish()
+            return self.out
+        into = self.lse.new_empty(self._shape, dtype=dtype) if into is None else into
         for rows, parts, seen in self._pieces(0, len(self._seen)):
             end, lse = into[:, rows], self.lse[:, rows]
             if parts:
-                merge_all_(self.out[:, rows] if seen else end, lse, [(out, lse) for out, lse in parts], not seen, end)
+                merge_all_(self.out[:, rows] if seen else end, lse, parts, not seen, end)
             elif seen:
                 end.copy_(self.out[:, rows])
             else:
@@ -88,13 +87,13 @@ class Results(Held):
         return into
 
     def _start(self) -> None:
-        if self._made is None and (part := self._taken(lambda part: part[0].dtype == self._dtype)):
+        if self._made is None and (part := self._taken(self._dtype)):
             self._made, lse = part
             self.lse.copy_(lse)
             self._seen[:] = True
 
     def _combine(self, rows: slice, parts: Sequence[Part], seen: bool) -> None:
-        merge_all_(self.out[:, rows], self.lse[:, rows], [(out, lse) for out, lse in parts], fresh=not seen)
+        merge_all_(self.out[:, rows], self.lse[:, rows], parts, fresh=not seen)
 
     def _clear(self, rows: slice) -> None:
         self.out[:, rows].zero_()

@@ -238,9 +238,8 @@ def _attend(
     scores = replace(job.scores(plan, extras, q.device), merged=plan.num_merges > 0)
     k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
     split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
-    whole = q.new_empty((*q.shape[:3], v.shape[3]), dtype=end) if len(split) > 1 else None
-    memory = whole if dtype == end else None
-    found = [Results(lse[:, :, hq], v.shape[3], dtype, None if memory is None else memory[:, :, hq]) for hq, _ in split]
+    joined = [] if len(split) == 1 else [q.new_empty((*q.shape[:3], v.shape[3]), dtype=end)]
+    found = [Results(lse[:, :, hq], v.shape[3], dtype, *(x[:, :, hq] for x in joined if dtype == end)) for hq, _ in split]
 
     def visit(n: int) -> Visit:
         heads, results = split[n][0], found[n]
@@ -260,12 +259,8 @@ def _attend(
     if k.shape[2]:
         kernel = _kernel(job.recipe, q, k, v, extras)
     yield from staggered([walk(plan, k[:, :, hk], v[:, :, hk], visit(n), None, None) for n, (_, hk) in enumerate(split)])
-    if whole is None:
-        out = found[0].result(end)
-    else:
-        out = whole
-        for (heads, _), results in zip(split, found, strict=True):
-            _ = results.result(end) if memory is not None else results.store(whole[:, :, heads])
+    ends = [results.result(end, *(x[:, :, hq] for x in joined)) for results, (hq, _) in zip(found, split, strict=True)]
+    out = (*joined, *ends)[0]
     if extras.sink is not None:  # one more key, without a value
         sink = extras.sink.to(exact).view(-1, 1)
         out *= torch.sigmoid(lse - sink).nan_to_num_(nan=0.0)  # -inf less -inf: there is nothing

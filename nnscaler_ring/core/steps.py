@@ -37,7 +37,7 @@ class Calls:
         spans: ``[n, 4]`` ``(i0, i1, j0, j1)``: local query rows and buffer rows.
         part: of the features of q and k.
         blocks: ``[m, 3]`` ``(i0, i1, fresh)``: the spans' query rows with touching ones joined; `fresh` where no earlier call
-            wrote them, so that the result is stored and not merged.
+            wrote them, so that nothing is merged there: merges are counted by it.
     """
 
     window: tuple[int, int]

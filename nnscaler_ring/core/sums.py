@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .held import Held, Part, at_once, exact_dtype, fused
+from .held import Held, Part, exact_dtype, fused
 
 
 class Sum(Held):
@@ -36,10 +36,10 @@ class Sum(Held):
         return self._total
 
     def result(self, dtype: torch.dtype) -> Tensor:
-        """The end: the gradient, contiguous, rounded once. It may be the very part that has come."""
+        """The end: the gradient, rounded once. It may be the very part that has come."""
         if dtype == self._exact:
             return self.total()
-        if (part := self._taken(lambda part: part[0].dtype == dtype)) is None:
+        if (part := self._taken(dtype)) is None:
             return self.store(self.like.new_empty(self.like.shape, dtype=dtype))
         return self.store(part[0], holds=True)
 
@@ -58,7 +58,7 @@ class Sum(Held):
         return self.memory
 
     def _start(self) -> None:
-        if self.memory is None and (part := self._taken(lambda part: part[0].dtype == self._exact)):
+        if self.memory is None and (part := self._taken(self._exact)):
             (self.memory,), self._seen[:] = part, True
 
     def _combine(self, rows: slice, parts: Sequence[Part], seen: bool) -> None:
@@ -101,12 +101,7 @@ def add_all(out: Tensor, terms: Sequence[Tensor]) -> None:
         _ = terms[0] is out or out.copy_(terms[0])
     elif len(terms) == 2 and terms[0] is out:
         out.add_(terms[1])
-    elif at_once(out.device.type) > 1:
-        kernel = fused()
-        assert kernel is not None
-        kernel.add_(out, terms)
     else:
-        assert out.dtype == exact_dtype(out.dtype), "rounded once"
-        for n, term in enumerate(terms):
-            if term is not out:
-                _ = out.add_(term) if n else out.copy_(term)
+        kernel = fused()
+        assert kernel is not None, "where one is added at once there are not so many"
+        kernel.add_(out, terms)

@@ -100,13 +100,14 @@ class Packed(Kernel):
     def groups(self, q: Tensor, k: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
         """The spans of each call of the library.
 
-        Here all in one, or those that lie end to end where copying the others' rows for one call takes longer than a call more.
+        Here all in one, or those that lie end to end where gathering the others' rows for one call takes longer than a call more
+        and a copy of what the calls give for rows that are all there.
         """
         apart = (spans[1:, 0] != spans[:-1, 1]) | (spans[1:, 2] != spans[:-1, 3])
-        moved = [(spans[:, 1] - spans[:, 0]).sum() * q[0, :1].nbytes, 2 * (spans[:, 3] - spans[:, 2]).sum() * k[0, :1].nbytes]
-        copied = sum(size for size, n in zip(moved, (0, 2), strict=True) if len(coalesce(spans[:, n : n + 2])) > 1)
-        together = q.shape[0] * copied <= WORTH * apart.sum()
-        return [spans] if together else np.split(spans, np.flatnonzero(apart) + 1)
+        of_rows, of_keys = spans[:, 1] - spans[:, 0], 2 * (spans[:, 3] - spans[:, 2])
+        queries, keys = (x[:, :1].nbytes * int(sizes.sum()) for x, sizes in ((q, of_rows), (k, of_keys)))
+        gathered = (queries if len(coalesce(spans[:, :2])) > 1 else -queries) + (keys if len(coalesce(spans[:, 2:])) > 1 else 0)
+        return [spans] if gathered <= WORTH * apart.sum() else np.split(spans, np.flatnonzero(apart) + 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
         batch, head_dim_v = q.shape[0], v.shape[-1]
