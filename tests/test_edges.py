@@ -29,6 +29,7 @@ from nnscaler_ring.core.layouts import build
 from nnscaler_ring.core.merge import update_out_and_lse
 from nnscaler_ring.core.recipe import Recipe
 from nnscaler_ring.core.relayout import _relayout, gather, relayout
+from nnscaler_ring.core.steps import Message
 from nnscaler_ring.core.sums import Sum
 from nnscaler_ring.core.transport import LocalTransport, transport_of
 from nnscaler_ring.core.walk import KV, KVSums, put, take
@@ -465,6 +466,31 @@ def test_rows_at_many_intervals() -> None:
     )
     got = torch.cat([x.total() for x in (*sums.k, sums.v)], -1)
     assert torch.equal(got[0, :, 0], want)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "copied"),
+    [
+        ([], 0),
+        ([[]], 0),
+        ([[(0, 64)]], 64),
+        ([[(0, 8)], [], [(56, 64)]], 16),
+        ([[(0, 4)]] * 20, 4),  # the same to all
+        ([[(0, 40)], [(20, 64)]], 64),  # each by itself would be more
+        ([[(2 * n, 2 * n + 1) for n in range(20)]], 39),  # fewer rows, but in many copies
+    ],
+)
+def test_what_is_packed_to_be_sent(wanted: list[list[tuple[int, int]]], copied: int) -> None:
+    k, v = torch.randn(2, 64, 3, 4), torch.randn(2, 64, 3, 5)
+    messages = [Message(peer, np.array(rows, dtype=np.int64).reshape(-1, 2)) for peer, rows in enumerate(wanted)]
+    with mock.patch.object(KV, "make", wraps=KV.make) as made:
+        packed = KV.pack(messages, k, v)
+        got = [packed(m.rows) for m in messages]
+    assert sum(call.args[0] for call in made.call_args_list) == copied
+    for data, rows in zip(got, wanted, strict=True):
+        at = [row for lo, hi in rows for row in range(lo, hi)]
+        held = KV(data, 3, (4, 5))
+        assert data.is_contiguous() and torch.equal(held.k, k[:, at]) and torch.equal(held.v, v[:, at])
 
 
 def test_a_layout_that_is_none() -> None:

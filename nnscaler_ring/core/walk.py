@@ -40,23 +40,27 @@ class KV:
     def pack(cls, messages: Sequence[Message], k: Tensor, v: Tensor) -> Callable[[np.ndarray], Tensor]:
         """`take` from the rows of ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]`` that messages are about.
 
-        Packed once for all messages, or for each its own where these are fewer rows.
+        Packed at once for all messages, or what each is about by itself where that is less to copy, in few copies.
         """
+        wanted = {m.rows.tobytes(): m.rows for m in messages}  # several peers may want the same
+        bounds = np.concatenate([np.empty((0, 2), dtype=np.int64), *wanted.values()])
+        first = int(bounds[:, 0].min(initial=k.shape[1]))
+        end = int(bounds[:, 1].max(initial=first))
+        apart = len(bounds) <= 2 * MANY and (bounds[:, 1] - bounds[:, 0]).sum() < end - first
 
-        def rows_of(rows: np.ndarray) -> Tensor:
-            packed, start = cls.make(int((rows[:, 1] - rows[:, 0]).sum()), k, v, k.dtype), 0
+        def packed(rows: np.ndarray) -> Tensor:
+            made, start = cls.make(int((rows[:, 1] - rows[:, 0]).sum()), k, v, k.dtype), 0
             for lo, hi in rows.tolist():
-                packed.k[:, start : start + hi - lo].copy_(k[:, lo:hi])
-                packed.v[:, start : start + hi - lo].copy_(v[:, lo:hi])
+                made.k[:, start : start + hi - lo].copy_(k[:, lo:hi])
+                made.v[:, start : start + hi - lo].copy_(v[:, lo:hi])
                 start += hi - lo
-            return packed.data
+            return made.data
 
-        some = [m.rows for m in messages if m.size]
-        first, end = min((int(r[0, 0]) for r in some), default=0), max((int(r[-1, 1]) for r in some), default=0)
-        if sum(m.size for m in messages) <= end - first and all(len(r) <= MANY for r in some):
-            return rows_of
-        packed = rows_of(np.array([[first, end]]))
-        return lambda rows: take(packed, rows - first)
+        if apart:
+            each = {key: packed(rows) for key, rows in wanted.items()}
+            return lambda rows: each[rows.tobytes()]
+        whole = packed(np.array([[first, end]]))
+        return lambda rows: take(whole, rows - first)
 
     @property
     def k(self) -> Tensor:
