@@ -45,7 +45,6 @@ class Held(ABC):
     def __init__(self, rows: int, device: torch.device) -> None:
         self.most = at_once(device.type)
         self._held: list[tuple[int, int, Part]] = []
-        self._depth = np.zeros(rows, dtype=np.int64)
         self._seen = np.zeros(rows, dtype=bool)
 
     def add(self, intervals: np.ndarray, *part: Tensor) -> None:
@@ -54,18 +53,10 @@ class Held(ABC):
         for lo, hi in intervals.tolist():
             came.append((lo, hi, part if len(intervals) == 1 else tuple(x[:, start : start + hi - lo] for x in part)))
             start += hi - lo
-        if self.most == 1:
-            self._held = came
-            self.flush()
-            return
-        more = np.zeros_like(self._depth)
-        for lo, hi, _ in came:
-            more[lo:hi] += 1
-        if (self._depth + more).max(initial=0) > self.most:
+        if len(self._held) + len(came) > self.most and _deepest([*self._held, *came]) > self.most:
             self.flush()
         self._held += came
-        self._depth += more
-        if self._depth.max(initial=0) > self.most:
+        if self.most == 1 or (len(came) > self.most and _deepest(came) > self.most):
             self.flush()
 
     def flush(self) -> None:
@@ -108,7 +99,7 @@ class Held(ABC):
         pieces = [(slice(start, end), found[start], bool(self._seen[start])) for start, end in pairwise(cuts)]
         for a, b, _ in inside:
             self._seen[a:b] = True
-        self._held, self._depth[lo:hi] = rest, 0
+        self._held = rest
         return pieces
 
     def _taken(self, dtype: torch.dtype) -> Part | None:
@@ -118,7 +109,6 @@ class Held(ABC):
             alone = first.is_contiguous() and first.untyped_storage().nbytes() == first.nbytes
             if hi - lo == len(self._seen) and first.dtype == dtype and alone:
                 del self._held[n]
-                self._depth -= 1
                 return part
         return None
 
@@ -133,3 +123,12 @@ class Held(ABC):
     @abstractmethod
     def _clear(self, rows: slice) -> None:
         """Store what rows have to which nothing came."""
+
+
+def _deepest(held: Sequence[tuple[int, int, Part]]) -> int:
+    """How many parts the row has that has most."""
+    depth = most = 0
+    for _, step in sorted((end, step) for lo, hi, _ in held for end, step in ((lo, 1), (hi, -1))):
+        depth += step
+        most = max(most, depth)
+    return most
