@@ -66,11 +66,15 @@ def size(*tensors: Tensor) -> int:
 
 
 class Moved(TorchDispatchMode):
-    """Counts the bytes that operations read and write."""
+    """Counts the operations that touch memory, each a launch, and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.launches = 0
+
+    def _add(self, bytes_: int) -> None:
+        self.bytes += bytes_
+        self.launches += bytes_ > 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -81,13 +85,13 @@ class Moved(TorchDispatchMode):
             return result  # no memory is touched
         if name in ("index_select", "index_add_", "index_copy_"):
             rows = made[0] if name == "index_select" else args[3]
-            self.bytes += size(rows) * (3 if name == "index_add_" else 2)
+            self._add(size(rows) * (3 if name == "index_add_" else 2))
         elif name in ("copy_", "zero_", "fill_"):
-            self.bytes += size(*given)
+            self._add(size(*given))
         elif name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"):
-            self.bytes += size(*made)
+            self._add(size(*made))
         else:
-            self.bytes += size(*given, *made)
+            self._add(size(*given, *made))
         return result
 
     @contextmanager
@@ -95,10 +99,10 @@ class Moved(TorchDispatchMode):
         """The engine with `Nothing` for a kernel, and merges and sums counted as one kernel each."""
 
         def merge_(out: Tensor, lse: Tensor, parts: Sequence[tuple[Tensor, Tensor]], fresh: bool, into: Tensor) -> None:
-            self.bytes += size(into, lse, *(x for part in parts for x in part)) + (0 if fresh else size(out, lse))
+            self._add(size(into, lse, *(x for part in parts for x in part)) + (0 if fresh else size(out, lse)))
 
         def add_(out: Tensor, terms: Sequence[Tensor]) -> None:
-            self.bytes += size(out, *terms)
+            self._add(size(out, *terms))
 
         most, kernels = 4, SimpleNamespace(MOST=4, merge_=merge_, add_=add_)
         with ExitStack() as patches:
@@ -113,9 +117,10 @@ class Moved(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Glue:
-    """Of all ranks together, forward and backward: bytes, and seconds of them over the kernel's."""
+    """Of all ranks together, forward and backward: bytes, and seconds of them over the kernel's; the most launches of a rank."""
 
     bytes: tuple[int, int]
+    launches: tuple[int, int]
     share: tuple[float, float]
 
 
@@ -123,7 +128,7 @@ def count(mask: str, layout: str, transport: str, ranks: int = RANKS, tokens: in
     """Run all ranks, one after the other."""
     total, shape = ranks * tokens, Shape(heads=HEADS, heads_k=HEADS_K, dim=DIM, dim_v=DIM)
     cu = torch.tensor([0, *np.cumsum(packings.lengths(total, 0))], dtype=torch.int32) if mask == "packed mix" else None
-    moved, seconds = [0, 0], [0.0, 0.0]
+    moved, most, seconds = [0, 0], [0, 0], [0.0, 0.0]
     for rank in range(ranks):
         recipe = Recipe(group=f"pretend:{ranks}:{rank}", layout=layout, transport=transport, returns_lse=False, **MASKS[mask])
         about = (recipe, (total, total), (cu, None, None))
@@ -135,14 +140,16 @@ def count(mask: str, layout: str, transport: str, ranks: int = RANKS, tokens: in
         with counted.like_an_accelerator(), counted:
             (plan,) = jobs[0].plans
             ((out, lse, _),) = jobs[0].transport.run([forward(jobs[0], plan, q, k, v, extras)])
-            before = counted.bytes
+            before = counted.bytes, counted.launches
             (back,) = jobs[1].plans
             jobs[1].transport.run([backward(jobs[1], back, None, [d_out, q, k, v, out, lse], [], extras, False)])
-        for n, found in enumerate((before, counted.bytes - before)):
+        after = counted.bytes - before[0], counted.launches - before[1]
+        for n, (found, launches) in enumerate((before, after)):
             moved[n] += found
+            most[n] = max(most[n], launches)
             seconds[n] += plan.pairs * shape.flops(bool(n)) / (SPEED.backward if n else SPEED.forward)
     share = tuple(found / MEMORY / second for found, second in zip(moved, seconds, strict=True))
-    return Glue((moved[0], moved[1]), (share[0], share[1]))
+    return Glue((moved[0], moved[1]), (most[0], most[1]), (share[0], share[1]))
 
 
 def table(repeats: int) -> str:
@@ -152,11 +159,13 @@ def table(repeats: int) -> str:
         glue = count(mask, layout, transport)
         shares = [f"{100 * share:.2f} %" for share in glue.share]
         a_rank = [f"{found / RANKS / 1e6:,.0f}" for found in glue.bytes]
-        rows.append((mask, f"{layout}, {transport}", a_rank[0], shares[0], a_rank[1], shares[1]))
-    header = ("mask", "layout, transport", "MB a rank, forward", "of the kernel's time", "backward", "of the kernel's time")
+        cells = [cell for each in zip(a_rank, shares, glue.launches, strict=True) for cell in each]
+        rows.append((mask, f"{layout}, {transport}", *cells))
+    each = ("of the kernel's time", "launches")
+    header = ("mask", "layout, transport", "MB a rank, forward", *each, "backward", *each)
     about = (
         f"{RANKS} ranks of {A_RANK:,} tokens, Hq/Hk/D = {HEADS}/{HEADS_K}/{DIM}, bf16. Bytes read and written outside of kernels\n"
         f"and messages, counted; their time at {MEMORY / 1e12:.0f} TB/s over that of the kernel at the speed of {SPEED.name}\n"
-        f"({SPEED.forward / 1e12:.0f} / {SPEED.backward / 1e12:.0f} TFLOP/s). Launches are not counted."
+        f"({SPEED.forward / 1e12:.0f} / {SPEED.backward / 1e12:.0f} TFLOP/s). Launches: of the busiest rank, besides the kernel's."
     )
     return f"## Glue on paper\n\n{about}\n\n{markdown(header, rows)}"

@@ -18,8 +18,10 @@ LIMITS = {"causal": (0.02, 0.03), "full": (0.02, 0.03), "window 1,024": (0.05, 0
 @pytest.mark.parametrize(("mask", "layout"), [(mask, layout) for mask, layout, transport in WAYS if transport == "auto"])
 def test_the_limits(mask: str, layout: str) -> None:
     """8 ranks of 8k tokens, at the published speed of flash-attn 4."""
-    for share, limit in zip(count(mask, layout, "auto").share, LIMITS[mask], strict=True):
+    glue = count(mask, layout, "auto")
+    for share, limit in zip(glue.share, LIMITS[mask], strict=True):
         assert 0 < share <= limit
+    assert glue.launches[0] <= 18 and glue.launches[1] <= 36
 
 
 def test_one_rank_moves_nothing() -> None:
@@ -56,7 +58,7 @@ def test_what_is_counted() -> None:
     ):
         with Moved() as moved:
             run()
-        assert moved.bytes == wanted
+        assert moved.bytes == wanted and moved.launches == (wanted > 0)
 
 
 def test_the_table() -> None:
