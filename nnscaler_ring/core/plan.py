@@ -18,7 +18,7 @@ Transports are rows of a table:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
 from types import MappingProxyType
@@ -136,7 +136,11 @@ def _direct(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) -
     origin, lo, hi, start = buffer.T
     wanted = _reads(visible(mask, q, k, origin=rank)[:, [0, 1, 4, 5]], k, transport.everything)
     wanted = wanted[(wanted[:, 1] == rank) & ((wanted[:, 0] != rank) | joined)]
-    send, receive = _messages(wanted[:, 0], wanted[:, 2], wanted[:, 3]), _messages(origin, start, start + hi - lo)
+    runs = k.row0[k.runs[:, 0] == rank]
+    readers = np.unique(wanted[:, 0])
+    breaks = np.repeat(readers, len(runs)), np.tile(runs, len(readers))
+    given = union(wanted[:, 0], wanted[:, 2], wanted[:, 3], np.ones(len(wanted), dtype=np.int64), breaks)
+    send, receive = _in_parts(*given[:3]), _in_parts(origin, start, start + hi - lo)
     q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
     bands = mine[:, 2:].copy()
     bands[late] = _in_buffer(mine[late], buffer)
@@ -189,6 +193,19 @@ def _messages(peer: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[Message
     peer, lo, hi, _ = union(peer, lo, hi, np.ones(len(peer), dtype=np.int64))
     rows = np.column_stack([lo, hi])
     return tuple(Message(p, rows[peer == p]) for p in np.unique(peer).tolist())
+
+
+def _in_parts(peer: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[Message, ...]:
+    """`_messages` of rows that lie end to end with their sender and with their receiver, in parts if these are few and long."""
+    sizes = {p: tuple((hi - lo)[peer == p].tolist()) for p in np.unique(peer).tolist()}
+    return tuple(
+        replace(m, parts=sizes[m.peer]) if 1 < len(sizes[m.peer]) <= PARTS and min(sizes[m.peer]) >= LONG else m
+        for m in _messages(peer, lo, hi)
+    )
+
+
+PARTS, LONG = 4, 256
+"""Parts of a message, and rows of each, up to and from which they are sent by themselves."""
 
 
 def _in_buffer(bands: np.ndarray, buffer: np.ndarray) -> np.ndarray:

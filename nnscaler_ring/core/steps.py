@@ -18,10 +18,27 @@ from .mask import NO_LIMIT, band_area
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """Rows ``[n, 2]`` of a buffer, as ordered intervals, that go to or come from `peer` (a rank of the group)."""
+    """Rows ``[n, 2]`` of a buffer, as ordered intervals, that go to or come from `peer` (a rank of the group).
+
+    Attributes:
+        parts: how many rows each part has in which it travels, where there are several; the same to sender and receiver. Each is
+            one interval to both, so that neither copies it.
+    """
 
     peer: int
     rows: np.ndarray
+    parts: tuple[int, ...] = ()
+
+    @cached_property
+    def pieces(self) -> tuple[Message, ...]:
+        """What is sent: the message, or its parts."""
+        if not self.parts:
+            return (self,)
+        within = np.cumsum(self.rows[:, 1] - self.rows[:, 0])
+        end = np.cumsum(self.parts)
+        at = np.searchsorted(within, end)  # the interval of each part
+        hi = self.rows[at, 1] - (within[at] - end)
+        return tuple(Message(self.peer, np.array([[b - size, b]])) for b, size in zip(hi.tolist(), self.parts, strict=True))
 
     @property
     def size(self) -> int:

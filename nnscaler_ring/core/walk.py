@@ -192,18 +192,20 @@ def _fetch(plan: RankPlan, t: int, memory: KV | None, k: Tensor, v: Tensor) -> G
     if t >= len(plan.steps):
         return lambda: KV.make(0, k, v, k.dtype)
     step = plan.steps[t]
-    packed = KV.pack(step.send, k, v) if memory is None else partial(take, memory.part(plan.steps[t - 1]).data)
+    receive, send = ([piece for m in messages for piece in m.pieces] for messages in (step.receive, step.send))
+    packed = KV.pack(send, k, v) if memory is None else partial(take, memory.part(plan.steps[t - 1]).data)
     memory = memory if memory is not None and not step.room else KV.make(step.room, k, v, k.dtype)
     filled, buffer = memory, memory.part(step)
-    inbox = [(m, room(buffer.data, m.rows)) for m in step.receive]
-    outbox = [(m.peer, packed(m.rows)) for m in step.send]
+    inbox = [(m, room(buffer.data, m.rows)) for m in receive]
+    outbox = [(m.peer, packed(m.rows)) for m in send]
     del packed
     wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in inbox], k.device)
 
     def arrived() -> KV:
         wait()
+        own = iter([x for peer, x in outbox if peer == plan.rank])
         for message, data in inbox:
-            data = next(x for peer, x in outbox if peer == plan.rank) if message.peer == plan.rank else data
+            data = next(own) if message.peer == plan.rank else data
             if len(message.rows) > 1 or message.peer == plan.rank:
                 put(buffer.data, message.rows, data)
         outbox.clear()
@@ -217,11 +219,12 @@ def _send_home(
 ) -> Generator[Exchange, Wait, Callable[[KVSums | None, int], None]]:
     """Start sending the gradients of step `t`'s rows to whoever holds them next, or home; returns how to add what arrives."""
     step, onward = plan.steps[t], plan.steps[t + 1 : t + 2] if plan.steps[t].relays else ()
-    own = [m for m in step.home_receive if m.peer == plan.rank]
-    for message, rows in zip((m for m in step.home_send if m.peer == plan.rank), own, strict=True):
+    home_send, home_receive = ([piece for m in messages for piece in m.pieces] for messages in (step.home_send, step.home_receive))
+    own = [m for m in home_receive if m.peer == plan.rank]
+    for message, rows in zip((m for m in home_send if m.peer == plan.rank), own, strict=True):
         home.add(rows.rows, grads.over(take(grads.data, message.rows)))
-    send = [m for m in (*step.home_send, *(m for s in onward for m in s.send)) if m.peer != plan.rank]
-    to_home = [(m, grads.empty(m.size, wire)) for m in step.home_receive if m.peer != plan.rank]
+    send = [m for m in (*home_send, *(m for s in onward for m in s.send)) if m.peer != plan.rank]
+    to_home = [(m, grads.empty(m.size, wire)) for m in home_receive if m.peer != plan.rank]
     to_next = [(m, grads.empty(m.size, wire)) for s in onward for m in s.receive]
     outbox = [(m.peer, take(grads.data, m.rows).to(wire)) for m in send]
     wait = yield _to_others(plan, outbox, [(m.peer, x.data) for m, x in (*to_home, *to_next)], grads.data.device)
