@@ -425,5 +425,6 @@ def test_as_a_module():
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "nnscaler_ring", "plan", "--lengths", "-", "--network", "400g", "--json"]
     done = subprocess.run(command, input="[3000, 1096]", capture_output=True, text=True, env=env, timeout=120, check=False)
-    assert done.returncode == 0 and done.stderr == ""
+    said_by_nnscaler = "skip apex ops as it is not installed.\n"  # 0.8, where it is installed
+    assert done.returncode == 0 and done.stderr in ("", said_by_nnscaler)
     assert json.loads(done.stdout)["rows"][0]["seq_len"] == 4096
