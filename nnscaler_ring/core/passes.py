@@ -265,7 +265,7 @@ def _attend(
         sink = extras.sink.to(exact).view(-1, 1)
         out *= torch.sigmoid(lse - sink).nan_to_num_(nan=0.0)  # -inf less -inf: there is nothing
         lse = torch.logaddexp(lse, sink)
-    return out if out.dtype == q.dtype else out.to(q.dtype), lse.to(exact).squeeze(3).transpose(1, 2).contiguous()
+    return out.to(q.dtype), lse.to(exact).squeeze(3).transpose(1, 2).contiguous()
 
 
 def _features(part: int, recipe: Recipe, q: Tensor) -> slice:

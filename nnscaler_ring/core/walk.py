@@ -192,7 +192,7 @@ def _fetch(plan: RankPlan, t: int, memory: KV | None, k: Tensor, v: Tensor) -> G
     if t >= len(plan.steps):
         return lambda: KV.make(0, k, v, k.dtype)
     step = plan.steps[t]
-    receive, send = ([piece for m in messages for piece in m.pieces] for messages in (step.receive, step.send))
+    receive, send = _pieces(step.receive), _pieces(step.send)
     packed = KV.pack(send, k, v) if memory is None else partial(take, memory.part(plan.steps[t - 1]).data)
     memory = memory if memory is not None and not step.room else KV.make(step.room, k, v, k.dtype)
     filled, buffer = memory, memory.part(step)
@@ -219,7 +219,7 @@ def _send_home(
 ) -> Generator[Exchange, Wait, Callable[[KVSums | None, int], None]]:
     """Start sending the gradients of step `t`'s rows to whoever holds them next, or home; returns how to add what arrives."""
     step, onward = plan.steps[t], plan.steps[t + 1 : t + 2] if plan.steps[t].relays else ()
-    home_send, home_receive = ([piece for m in messages for piece in m.pieces] for messages in (step.home_send, step.home_receive))
+    home_send, home_receive = _pieces(step.home_send), _pieces(step.home_receive)
     own = [m for m in home_receive if m.peer == plan.rank]
     for message, rows in zip((m for m in home_send if m.peer == plan.rank), own, strict=True):
         home.add(rows.rows, grads.over(take(grads.data, message.rows)))
@@ -238,6 +238,11 @@ def _send_home(
             following.add(message.rows + at, rows)
 
     return settle
+
+
+def _pieces(messages: Sequence[Message]) -> list[Message]:
+    """The messages as they travel."""
+    return [piece for m in messages for piece in m.pieces]
 
 
 Mail = Sequence[tuple[int, Tensor]]
