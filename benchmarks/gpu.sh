@@ -24,7 +24,7 @@ step() { # SECONDS COMMAND...
 # 520 s at most, and 10 more for each that has to be killed. Warnings of versions that were not tried before are no errors here.
 workers=(-m "not slow")
 "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-m "" -p xdist -n 8)
-step 160 "$PYTHON" -m pytest tests/test_benchmarks_schedule.py tests/test_kernels.py tests/test_triton.py "${workers[@]}" \
+step 160 "$PYTHON" -m pytest tests/test_{benchmarks_schedule,kernels,triton,device}.py "${workers[@]}" \
     -k "not compile" --device cuda -q --tb=short -W default -p no:cacheprovider --timeout 120
 step 70 "$PYTHON" -m benchmarks kernels --device cuda --repeats 5 --save --results "$OUT"
 step 90 "$PYTHON" -m benchmarks schedule --device cuda --kernel aten --repeats 3 --save --results "$OUT"

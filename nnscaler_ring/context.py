@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .annotations.dtensor import axis_group
 from .core.call import Options, Result, Rows, attend, check_differentiable, check_names, grid_name, group_name, host_table
+from .core.device import on_device
 from .core.layout import Layout
 from .core.layouts import LAYOUTS, looks_at_documents, name_of, needs_documents
 from .core.mask import Mask, check_cu_seqlens
@@ -155,7 +156,7 @@ class ContextParallel:
         self._by_documents = cu_seqlens is not None
         self._uneven |= set(held.counts.tolist()) if (held.counts != held.counts[0]).any() else set()
         positions = held.positions(self.rank)
-        return x.index_select(dim, torch.from_numpy(positions).to(x.device))
+        return x.index_select(dim, on_device(positions, x.device))
 
     def unshard(self, x: Tensor, dim: int, cu_seqlens: Tensor | None = None, seq_len: int | None = None) -> Tensor:
         """The whole tensor in natural order on every rank, from each rank's tokens: ``[..., L, ...] -> [..., S, ...]``.

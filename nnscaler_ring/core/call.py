@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from . import engine, kernels
 from .agree import asked, check_alike
+from .device import captures, on_host
 from .held import exact_dtype
 from .layouts import check_layout
 from .mask import Mask, check_cu_seqlens, check_window
@@ -156,7 +157,7 @@ def out_and_lse(
     scale = _scale(q, options)
     alibi = _slopes(q, options)
     extras = (alibi, options.bias, options.learnable_sink)
-    out, lse, _ = engine.attention(q, k, v, *tables, *extras, *total, scale, _seed(options), text)
+    out, lse, _ = engine.attention(q, k, v, *tables, *extras, *total, scale, _seed(options, q.device), text)
     if packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return out, lse
@@ -238,12 +239,14 @@ def _text(*values: Any) -> str:
     return str(recipe)
 
 
-def _seed(options: Options) -> int:
+def _seed(options: Options, device: torch.device) -> int:
     if not options.dropout_p:
         return 0
-    if options.dropout_seed is None and torch.compiler.is_compiling():
-        raise NotImplementedError("dropout without a seed under torch.compile: pass dropout_seed")
-    return int(torch.randint(1 << 62, (), device="cpu").item()) if options.dropout_seed is None else options.dropout_seed
+    if options.dropout_seed is not None:
+        return options.dropout_seed
+    if torch.compiler.is_compiling() or captures(device):
+        raise NotImplementedError("dropout without a seed under torch.compile or in a CUDA graph: pass dropout_seed")
+    return int(torch.randint(1 << 62, (), device="cpu").item())
 
 
 @torch.no_grad()
@@ -417,7 +420,7 @@ def host_table(name: str, cu_seqlens: Tensor | None) -> Tensor | None:
         raise ValueError(f"{name} must be an int32 tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1:
         raise ValueError(f"{name} must be a 1-D int32 tensor, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}")
-    return cu_seqlens.detach().to("cpu", torch.int64)
+    return on_host(cu_seqlens)
 
 
 def _slices(mask: Mask, total_q: int, total_k: int, parts: int) -> Tensor:

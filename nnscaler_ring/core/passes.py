@@ -128,7 +128,7 @@ class Extras:
 
 
 def _index(rows: Layout, rank: int, device: torch.device) -> Tensor:
-    return torch.from_numpy(rows.positions(rank)).to(device)
+    return on_device(rows.positions(rank), device)
 
 
 def inner_of(recipe: Recipe, transport: Transport) -> int:

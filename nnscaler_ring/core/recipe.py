@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import layouts, mask
+from .device import on_host
 from .held import exact_dtype
 from .layout import PACKINGS, Layout
 
@@ -100,4 +101,4 @@ def layout_of(name: str, length: int, world_size: int, cu_seqlens: bytes | None 
 
 def content(table: Tensor | None) -> bytes | None:
     """An integer tensor's content as int64 bytes; a CUDA tensor is read, which waits for the device."""
-    return None if table is None else table.detach().to("cpu", torch.int64).numpy().tobytes()
+    return None if table is None else on_host(table).numpy().tobytes()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..device import on_device
+from ..device import on_device, readable, send
 from ..geometry import coalesce
 from ..sums import Sum
 from .base import Grad, Kernel, Scores, Spans, Window
@@ -187,14 +187,13 @@ class Packing:
 
 def bounds(counts: Sequence[int], like: Tensor) -> Tensor:
     """int32 boundaries of rows end to end, on the device of `like` without a sync."""
-    return _held(tuple(counts), like.device.type).to(like.device, non_blocking=True)
+    return send(_held(tuple(counts), like.device.type), like.device)
 
 
 @lru_cache(maxsize=256)
 def _held(counts: tuple[int, ...], device: str) -> Tensor:
     """Boundaries in memory that the device can read."""
-    table = torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32))
-    return table.pin_memory() if device == "cuda" else table
+    return readable(np.cumsum([0, *counts], dtype=np.int32), device)
 
 
 def pad(*tensors: Tensor, width: int | None = None) -> list[Tensor]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..device import readable, send
 from .base import Case, Grad, Kernel, Scores, Spans, Window
 
 ANY = 1 << 30
@@ -265,7 +266,7 @@ def _tables(kind: str, spans: Spans, window: Window, blocks: Blocks, device: tor
     """A table per kernel on the device; copied anew for each call: another stream would not wait for it."""
     rows = np.ascontiguousarray(spans, dtype=np.int64).tobytes()
     held = _held(kind, rows, window, blocks.rows, blocks.keys, device.type)
-    return [x.to(device, non_blocking=True) for x in held]
+    return [send(x, device) for x in held]
 
 
 @lru_cache(maxsize=256)
@@ -276,8 +277,7 @@ def _held(kind: str, spans: bytes, window: Window, block_rows: int, block_keys: 
     made = [row_tiles(given, left, right, block_rows, block_keys)]
     if kind == "keys":
         made = list(key_tiles(given, left, right, block_rows, block_keys))
-    tables = [torch.from_numpy(x.astype(np.int32)) for x in made]
-    return tables if device == "cpu" else [x.pin_memory() for x in tables]
+    return [readable(x.astype(np.int32), device) for x in made]
 
 
 def row_tiles(spans: Spans, left: int, right: int, block_rows: int, block_keys: int) -> np.ndarray:
