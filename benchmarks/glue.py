@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import packings
 from benchmarks.report import markdown
 from nnscaler_ring.core import held, merge, passes, sums
+from nnscaler_ring.core.held import Part
 from nnscaler_ring.core.kernels import Case
 from nnscaler_ring.core.kernels.packed import Call, Packed, Read
 from nnscaler_ring.core.passes import Extras, backward, forward, job_of
@@ -41,6 +42,7 @@ WAYS = (
     *(("full", "contiguous", transport) for transport in ("ring", "all_gather")),
     *(("window 1,024", "contiguous", transport) for transport in ("auto", "all_gather")),
     *(("packed mix", "balanced", transport) for transport in ("auto", "all_gather")),
+    ("packed mix", "zigzag-per-document", "ring"),
 )
 
 
@@ -63,6 +65,17 @@ class Nothing(Packed):
 def size(*tensors: Tensor) -> int:
     """Bytes; what stands for many is read once."""
     return sum(x.element_size() * int(np.prod([n for n, step in zip(x.shape, x.stride(), strict=True) if step])) for x in tensors)
+
+
+def named(table: Tensor | None, column: int, *tensors: Tensor) -> int:
+    """Bytes of the rows of tensors that a column of a table names; without a table of all."""
+    rows = None if table is None else int((table.numpy()[:, column] >= 0).sum())
+    return size(*tensors) if rows is None else sum(size(x) // max(x.shape[1], 1) * rows for x in tensors)
+
+
+def _table(table: Tensor | None) -> int:
+    """Bytes of a table, written once and read once."""
+    return 0 if table is None else 2 * table.nbytes
 
 
 class Moved(TorchDispatchMode):
@@ -98,11 +111,14 @@ class Moved(TorchDispatchMode):
     def like_an_accelerator(self) -> Iterator[None]:
         """The engine with `Nothing` for a kernel, and merges and sums counted as one kernel each."""
 
-        def merge_(out: Tensor, lse: Tensor, parts: Sequence[tuple[Tensor, Tensor]], fresh: bool, into: Tensor) -> None:
-            self._add(size(into, lse, *(x for part in parts for x in part)) + (0 if fresh else size(out, lse)))
+        def merge_(
+            out: Tensor, lse: Tensor, parts: Sequence[Part], fresh: bool, into: Tensor | None, at: Tensor | None = None
+        ) -> None:
+            ends, befores = (out if into is None else into, lse), () if fresh else (out, lse)
+            self._add(sum(named(at, column, *each) for column, each in enumerate((ends, befores, *parts))) + _table(at))
 
-        def add_(out: Tensor, terms: Sequence[Tensor]) -> None:
-            self._add(size(out, *terms))
+        def add_(out: Tensor, terms: Sequence[Tensor], at: Tensor | None = None) -> None:
+            self._add(sum(named(at, column, each) for column, each in enumerate((out, *terms))) + _table(at))
 
         most, kernels = 4, SimpleNamespace(MOST=4, merge_=merge_, add_=add_)
         with ExitStack() as patches:
@@ -110,6 +126,7 @@ class Moved(TorchDispatchMode):
                 patches.enter_context(mock.patch.object(module, "at_once", lambda _: most))
             for module in (merge, sums):
                 patches.enter_context(mock.patch.object(module, "fused", lambda: kernels))
+            patches.enter_context(mock.patch.object(held, "on_device", lambda table, _: torch.from_numpy(table)))
             patches.enter_context(mock.patch.object(passes, "kernel_for", lambda *_: Nothing()))
             patches.enter_context(mock.patch.object(PretendTransport, "start", lambda *_: lambda: None))
             yield

@@ -158,13 +158,51 @@ def test_results_are_held_and_merged(most: int, monkeypatch: pytest.MonkeyPatch)
         rows = sorted(torch.randperm(4, generator=generator)[:3].tolist())
         column = part_lse.transpose(1, 2).unsqueeze(3)
         results.add(np.array([(row, row + 1) for row in rows]), part[:, rows], column[:, rows])
-        held.append(max(sum(lo <= row < hi for lo, hi, _ in results._held) for row in range(4)))
+        held.append(max(sum(lo <= row < hi for layer in results._held for lo, hi, _ in layer.at) for row in range(4)))
         for row in rows:
             merge_(want[:, row : row + 1], want_lse[:, row : row + 1], part[:, row : row + 1], column[:, row : row + 1])
     results.finish()
     assert max(held) == (most if most > 1 else 0)
     torch.testing.assert_close(results.out, want)
     torch.testing.assert_close(results.lse, want_lse)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_rows_of_many_intervals_are_merged_by_a_table(fp16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As piece by piece, also where rows have more parts than are merged at once; in a launch for each set of parts."""
+    many_at_once(monkeypatch)
+    rng, rows = np.random.default_rng(int(fp16)), 64
+    dtype, end = (torch.float32, torch.float16) if fp16 else (torch.float64, torch.float64)
+    for _ in range(10):
+        one, many = (Results(torch.full((2, rows, 3, 1), float("nan"), dtype=dtype), 6, dtype) for _ in range(2))
+        one.most = 1
+        for _ in range(int(rng.integers(1, 8))):
+            cuts = np.sort(rng.choice(rows + 1, 2 * int(rng.integers(4, 12)), replace=False)).reshape(-1, 2)
+            size = int(np.diff(cuts).sum())
+            out, lse = (torch.from_numpy(rng.standard_normal((2, size, 3, n))).to(dtype) for n in (6, 1))
+            row = int(rng.integers(0, size))
+            out[0, row], lse[0, row] = 0.0, -INF
+            for results in (one, many):
+                results.add(cuts, out, lse)
+        got, want = many.result(end), one.result(dtype)
+        torch.testing.assert_close(got.to(dtype), want, **({"rtol": 2e-3, "atol": 1e-3} if fp16 else {}))
+        torch.testing.assert_close(many.lse, one.lse)
+
+
+def test_a_launch_for_each_set_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two halves of the rows, interleaved, of which each has two parts besides one of all."""
+    many_at_once(monkeypatch)
+    kernel = fused()
+    launches = mock.Mock(side_effect=kernel.merge_)
+    monkeypatch.setattr(kernel, "merge_", launches)
+    results = Results(torch.empty(1, 64, 1, 1), 2, torch.float32)
+    every = np.arange(0, 65).repeat(2)[1:-1].reshape(-1, 2)
+    for rows in (every[::2], every[1::2]):
+        for _ in range(2):
+            results.add(rows, torch.ones(1, 32, 1, 2), torch.zeros(1, 32, 1, 1))
+    results.add(np.array([[0, 64]]), torch.ones(1, 64, 1, 2).to(torch.bfloat16), torch.zeros(1, 64, 1, 1))
+    assert (results.result(torch.float32) == 1).all() and launches.call_count == 2
+    torch.testing.assert_close(results.lse, torch.full((1, 64, 1, 1), math.log(3)))
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -258,6 +296,7 @@ def test_flatten_and_unflatten(lengths: list[int]) -> None:
         ("contiguous", "halo", {"causal": True, "window": (9, 0)}),
         ("stripe", "ring", {"causal": True, "heads_stride": 1}),
         ("balanced", "ring", {"causal": True}),
+        ("zigzag-per-document", "ring", {"causal": True}),
     ],
     ids=str,
 )
@@ -268,16 +307,21 @@ def test_a_walk_that_merges_many_at_once(
     """As accelerators do it: rows with as many results as are merged at once, and with more."""
     skip_without_triton("cpu")
     inputs, tokens = oracle.inputs(0, (2, 40, 40), (4, 2, 8, 8), dtype), 40
-    cu = [0, 3, 17, tokens] if layout == "balanced" else None
+    cu = {"balanced": [0, 3, 17, tokens], "zigzag-per-document": [*range(0, 36, 5), 36, tokens]}.get(layout)
     seen = build(tokens, **{name: value for name, value in given.items() if name != "heads_stride"}, cu_seqlens_q=cu)
-    results, calls = Counter[int](), mock.Mock(side_effect=merge_all_)
+    results, calls, kernel = Counter[int](), mock.Mock(side_effect=merge_all_), fused()
     many_at_once(monkeypatch)
+    by_table = mock.Mock(side_effect=kernel.merge_)
+    monkeypatch.setattr(kernel, "merge_", by_table)
     monkeypatch.setattr(merges, "merge_all_", calls)
     for world in (3, 8):
         recipe = Recipe(group=f"local:{world}", layout=layout, transport=transport, kernel="reference", **given)
         got = oracle.run(inputs, 0.5, recipe, cu)
         results.update(len(call.args[2]) for call in calls.call_args_list)
         oracle.assert_close(got, oracle.dense(inputs, seen.as_array(), 0.5), 3e-2 if dtype == torch.bfloat16 else 1e-10)
+    if layout == "zigzag-per-document":
+        assert any(len(call.args) == 6 for call in by_table.call_args_list), "what lies in many intervals is merged row by row"
+        return
     assert max(results) >= {"grouped_ring": 3, "halo": 1}.get(transport, 4), "the first one may be the memory itself"
 
 
@@ -296,7 +340,7 @@ def compiled(kernel, free, types, **known):
     signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in kernel.arg_names}
     aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(kernel.arg_names) if name not in {*known, *free}}
     made = triton.compile(ASTSource(kernel, signature, known, aligned), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    print(kernel.__name__, known["N"], "ld.global.v4" in made.asm["ptx"] and "st.global.v4" in made.asm["ptx"])
+    print(kernel.__name__, known["N"], known["TABLE"], "ld.global.v4" in made.asm["ptx"] and "st.global.v4" in made.asm["ptx"])
 
 
 parts = {**{f"p{n}": "*bf16" for n in range(4)}, **{f"w{n}": "*fp32" for n in range(4)}}
@@ -304,10 +348,14 @@ for into, out, lse, number, fresh in (
     *(("bf16", "bf16", "fp32", 4, True), ("fp32", "fp32", "fp64", 4, False)),
     *(("bf16", "fp32", "fp64", 4, False), ("fp32", "fp32", "fp64", 1, False)),
 ):
-    compiled(fused._merge, fused._ANY, {"into": f"*{into}", "out": f"*{out}", "lse": f"*{lse}", **parts}, N=number, FRESH=fresh)
+    types = {"into": f"*{into}", "out": f"*{out}", "lse": f"*{lse}", "at": "*i32", **parts}
+    for table in (False, True):
+        compiled(fused._merge, fused._ANY, types, N=number, FRESH=fresh, TABLE=table)
 for out, first, number in (("fp32", "fp32", 5), ("fp32", "bf16", 4), ("bf16", "fp32", 3)):
     terms = {f"p{n}": "*bf16" for n in range(1, 5)}
-    compiled(fused._add, ("rows", "length"), {"out": f"*{out}", "p0": f"*{first}", **terms}, N=number)
+    types = {"out": f"*{out}", "p0": f"*{first}", "at": "*i32", **terms}
+    for table in (False, True):
+        compiled(fused._add, ("rows", "length", "at_l"), types, N=number, TABLE=table)
 """
 
 
@@ -316,5 +364,7 @@ def test_the_fused_kernels_compile() -> None:
     pytest.importorskip("triton", minversion="3.4")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
-    wanted = [*(f"_merge {number} True" for number in (4, 4, 4, 1)), *(f"_add {number} True" for number in (5, 4, 3))]
-    assert done.stdout.splitlines() == wanted, done.stderr
+    wanted = [("_merge", number) for number in (4, 4, 4, 1)] + [("_add", number) for number in (5, 4, 3)]
+    assert done.stdout.splitlines() == [f"{name} {number} {table} True" for name, number in wanted for table in (False, True)], (
+        done.stderr
+    )

@@ -151,7 +151,7 @@ def test_dq_is_the_kernels_own_where_nothing_is_added(monkeypatch: pytest.Monkey
 
 def deepest(total: Sum) -> int:
     """The most parts that are held of a row."""
-    return max((sum(lo <= row < hi for lo, hi, _ in total._held) for row in range(total.like.shape[1])), default=0)
+    return max(sum(lo <= row < hi for layer in total._held for lo, hi, _ in layer.at) for row in range(total.like.shape[1]))
 
 
 @pytest.mark.parametrize("most", [1, 2, 4])
@@ -176,7 +176,9 @@ def test_any_rows_in_any_order(dtype: torch.dtype, most: int, monkeypatch: pytes
             if rng.random() < 0.3:
                 lo, hi = sorted(rng.integers(0, 13, 2).tolist())
                 total.finish(lo, hi)
-                assert torch.equal(total._total[:, lo:hi], want[:, lo:hi]) and all(b <= lo or a >= hi for a, b, _ in total._held)
+                assert torch.equal(total._total[:, lo:hi], want[:, lo:hi]) and all(
+                    b <= lo or a >= hi for layer in total._held for a, b, _ in layer.at
+                )
         assert torch.equal(total.result(dtype).float(), want)
     assert max(len(call.args[1]) for call in passes_over_memory.call_args_list) == most + 1
 

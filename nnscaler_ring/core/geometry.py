@@ -159,3 +159,18 @@ def coalesce(intervals: np.ndarray) -> np.ndarray:
     first = np.flatnonzero(np.concatenate([[True], intervals[1:, 0] != intervals[:-1, 1]]))
     last = np.concatenate([first[1:], [len(intervals)]]) - 1
     return np.column_stack([intervals[first, 0], intervals[last, 1]])
+
+
+def turns(intervals: np.ndarray) -> np.ndarray:
+    """A number for each of some intervals, ordered by where they start, such that those of one number are disjoint.
+
+    Intervals are the first two columns.
+    """
+    found = np.zeros(len(intervals), dtype=np.int64)
+    if (intervals[1:, 0] >= intervals[:-1, 1]).all():
+        return found
+    free: list[int] = []  # where each turn is free from
+    for n, (lo, hi) in enumerate(intervals[:, :2].tolist()):
+        found[n] = next((turn for turn, end in enumerate(free) if end <= lo), len(free))
+        free[found[n] : found[n] + 1] = [hi]
+    return found

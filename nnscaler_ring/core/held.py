@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .device import on_device
+from .geometry import turns
+
 Part = tuple[Tensor, ...]
 """Tensors ``[B, n, ...]`` about the same rows."""
+
+MANY = 8
+"""Pieces from which rows are put together by a table, in one launch, not piece by piece."""
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,6 +42,101 @@ def fused() -> ModuleType | None:
     return None if importlib.util.find_spec("triton") is None else importlib.import_module(".kernels.fused", __package__)
 
 
+class Layer(NamedTuple):
+    """A part, and whose it is: rows ``lo:hi`` have its rows from `start` on, ``(lo, hi, start)``, in order and disjoint."""
+
+    at: Sequence[tuple[int, int, int]]
+    part: Part
+
+    def within(self, lo: int, hi: int) -> Layer:
+        """What is about rows ``lo:hi``."""
+        return Layer([(max(a, lo), min(b, hi), max(a, lo) - a + start) for a, b, start in self.at if a < hi and lo < b], self.part)
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Rows in pieces, each of which has the same parts for all its rows.
+
+    Attributes:
+        cuts: where pieces start, and the end of the last, ``[n + 1]``.
+        parts: those of all pieces.
+        source: of each piece its first row in each part, ``[n, parts]``; -1 where it has none of it.
+        seen: ``[n]``, whether something came for it before.
+    """
+
+    cuts: Sequence[int]
+    parts: Sequence[Part]
+    source: Sequence[Sequence[int]]
+    seen: Sequence[bool]
+
+    def __iter__(self) -> Iterator[tuple[slice, list[Part], bool]]:
+        """The rows of each piece, what it has of its parts, and whether something came before."""
+        for lo, hi, source, seen in zip(self.cuts, self.cuts[1:], self.source, self.seen, strict=False):
+            found = [(part, start) for part, start in zip(self.parts, source, strict=True) if start >= 0]
+            yield slice(lo, hi), [tuple(_rows(x, start, hi - lo) for x in part) for part, start in found], seen
+
+    def besides(self, part: Part) -> Pieces:
+        """With a part that has all rows, as they lie."""
+        source = [[*starts, lo] for starts, lo in zip(self.source, self.cuts, strict=False)]
+        return replace(self, parts=[*self.parts, part], source=source)
+
+
+def _rows(x: Tensor, start: int, size: int) -> Tensor:
+    return x if size == x.shape[1] else x[:, start : start + size]
+
+
+@dataclass(frozen=True, eq=False)
+class Scattered:
+    """`Pieces` that are put together row by row, as arrays."""
+
+    cuts: np.ndarray
+    parts: Sequence[Part]
+    source: np.ndarray
+    seen: np.ndarray
+
+    @classmethod
+    def of(cls, pieces: Pieces) -> Scattered:
+        source = np.array(pieces.source, dtype=np.int64).reshape(len(pieces.seen), len(pieces.parts))
+        return cls(np.array(pieces.cuts), pieces.parts, source, np.array(pieces.seen))
+
+    @property
+    def touched(self) -> np.ndarray:
+        """Which pieces have parts."""
+        return np.any(self.source >= 0, axis=1)
+
+    def groups(self, most: int) -> Iterator[tuple[Scattered, np.ndarray, bool]]:
+        """Pieces that have up to `most` of the parts between them, which they are, and whether that is all that they have.
+
+        A piece that has more by itself comes again.
+        """
+        there = self.source >= 0
+        kinds, kind = np.unique(there, axis=0, return_inverse=True)
+        together: list[tuple[np.ndarray, list[int]]] = []  # parts, and kinds of pieces
+        for n in np.argsort(-kinds.sum(1), kind="stable").tolist():
+            parts, of = next((each for each in together if (each[0] | kinds[n]).sum() <= most), (np.zeros_like(kinds[n]), []))
+            together += [] if of else [(parts, of)]
+            parts |= kinds[n]
+            of.append(n)
+        for parts, of in together:
+            which, columns = np.isin(kind.ravel(), of), np.flatnonzero(parts)
+            for n in range(0, max(len(columns), 1), most):
+                some, seen = columns[n : n + most], self.seen | there[:, columns[:n]].any(1)
+                pieces = replace(self, parts=[self.parts[at] for at in some], source=self.source[:, some], seen=seen)
+                yield pieces, which, n + most >= len(columns)
+
+    def table(self, which: np.ndarray, device: torch.device) -> Tensor:
+        """Of the rows of some pieces, one by one: where it lies, again if something came before, and in each part; else -1.
+
+        int32 ``[rows, 2 + parts]``.
+        """
+        size = np.diff(self.cuts)[which]
+        lo, seen, source = self.cuts[:-1][which], self.seen[which], self.source[which]
+        first = np.column_stack([lo, np.where(seen, lo, -1), source])
+        within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
+        first = np.repeat(first, size, axis=0)
+        return on_device(np.where(first < 0, -1, first + within[:, None]).astype(np.int32), device)
+
+
 class Held(ABC):
     """Rows to which calls give one part after the other.
 
@@ -43,71 +146,80 @@ class Held(ABC):
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self.most = at_once(device.type)
-        self._held: list[tuple[int, int, Part]] = []
+        self.most, self.device = at_once(device.type), device
+        self._held: list[Layer] = []
         self._seen = np.zeros(rows, dtype=bool)
 
     def add(self, intervals: np.ndarray, *part: Tensor) -> None:
         """A part of the rows ``lo:hi`` of some intervals ``[m, 2]``, end to end in its tensors; they may share rows."""
-        came, start = list[tuple[int, int, Part]](), 0
-        for lo, hi in intervals.tolist():
-            came.append((lo, hi, part if len(intervals) == 1 else tuple(x[:, start : start + hi - lo] for x in part)))
-            start += hi - lo
+        came = _layers(intervals, part)
         if len(self._held) + len(came) > self.most and _deepest([*self._held, *came]) > self.most:
             self.flush()
         self._held += came
-        if self.most == 1 or (len(came) > self.most and _deepest(came) > self.most):
+        if self.most == 1 or len(came) > self.most:
             self.flush()
 
     def flush(self) -> None:
         """Put together what is held."""
         self._start()
-        for rows, parts, seen in self._pieces(0, len(self._seen)):
-            self._join(rows, parts, seen)
+        self._put(self._pieces(0, len(self._seen)), clear=False)
 
     def finish(self, lo: int = 0, hi: int | None = None) -> None:
         """Put together what is held for rows ``lo:hi``, and store what a row has to which nothing came."""
         if not self._held and np.count_nonzero(self._seen) == len(self._seen):
             return
         self._start()
-        for rows, parts, seen in self._pieces(lo, len(self._seen) if hi is None else hi):
-            self._join(rows, parts, seen)
-            if not parts and not seen:
-                self._clear(rows)
+        self._put(self._pieces(lo, len(self._seen) if hi is None else hi), clear=True)
         self._seen[lo:hi] = True
 
-    def _join(self, rows: slice, parts: Sequence[Part], seen: bool) -> None:
-        for n in range(0, len(parts), self.most):
-            self._combine(rows, parts[n : n + self.most], seen or n > 0)
+    def _put(self, pieces: Pieces, clear: bool) -> None:
+        if self._scattered(pieces):
+            self._by_table(pieces, clear)
+            return
+        for rows, parts, seen in pieces:
+            for n in range(0, len(parts), self.most):
+                self._combine(rows, parts[n : n + self.most], seen or n > 0)
+            if clear and not parts and not seen:
+                self._clear(rows)
 
-    def _pieces(self, lo: int, hi: int) -> list[tuple[slice, list[Part], bool]]:
-        """The rows ``lo:hi`` in pieces, each with what is held for it, no longer, and whether something came before."""
-        inside, rest = list[tuple[int, int, Part]](), list[tuple[int, int, Part]]()
-        for i0, i1, part in self._held:
-            for a, b, into in ((i0, min(i1, lo), rest), (max(i0, lo), min(i1, hi), inside), (max(i0, hi), i1, rest)):
-                if a < b:
-                    into.append((a, b, part if (a, b) == (i0, i1) else tuple(x[:, a - i0 : b - i0] for x in part)))
-        ends = {lo, hi, *(end for a, b, _ in inside for end in (a, b))}
+    def _by_table(self, pieces: Pieces, clear: bool = False, into: Tensor | None = None) -> None:
+        """Put together all rows in few launches, the end of all in `into` if that is given."""
+        for some, which, last in Scattered.of(pieces).groups(self.most):
+            end = into if last else None
+            which = which if end is not None else which & (some.touched | (clear & last & ~some.seen))
+            if which.any():
+                self._scatter(some, which, end)
+
+    def _scattered(self, pieces: Pieces) -> bool:
+        """The pieces are put together by a table."""
+        return self.most > 1 and len(pieces.seen) > MANY
+
+    def _pieces(self, lo: int, hi: int) -> Pieces:
+        """The rows ``lo:hi`` and what is held for them, no longer."""
+        inside, self._held = self._held, []
+        if hi - lo < len(self._seen):
+            rest = [layer.within(*outside) for layer in inside for outside in ((0, lo), (hi, len(self._seen)))]
+            inside = [layer.within(lo, hi) for layer in inside]
+            self._held, inside = ([layer for layer in layers if layer.at] for layers in (rest, inside))
+        ends = {lo, hi, *(end for at, _ in inside for a, b, _ in at for end in (a, b))}
         if 0 < np.count_nonzero(self._seen) < len(self._seen):
             ends.update((lo + 1 + np.flatnonzero(np.diff(self._seen[lo:hi]))).tolist())
         cuts = sorted(ends)
-        found: dict[int, list[Part]] = {start: [] for start in cuts}
-        for a, b, part in inside:
-            for start, end in pairwise(cuts[bisect_left(cuts, a) : bisect_right(cuts, b)]):
-                whole = (start, end) == (a, b)
-                found[start].append(part if whole else tuple(x[:, start - a : end - a] for x in part))
-        pieces = [(slice(start, end), found[start], bool(self._seen[start])) for start, end in pairwise(cuts)]
-        for a, b, _ in inside:
-            self._seen[a:b] = True
-        self._held = rest
-        return pieces
+        source = [[-1] * len(inside) for _ in cuts[1:]]
+        seen = [bool(self._seen[start]) for start in cuts[:-1]]
+        for n, (at, _) in enumerate(inside):
+            for a, b, start in at:
+                for piece in range(bisect_left(cuts, a), bisect_left(cuts, b)):
+                    source[piece][n] = start + cuts[piece] - a
+                self._seen[a:b] = True
+        return Pieces(cuts, [part for _, part in inside], source, seen)
 
     def _taken(self, dtype: torch.dtype) -> Part | None:
         """A part that has all rows in `dtype`, contiguous, in memory that is no other tensor's; it is no longer held."""
-        for n, (lo, hi, part) in enumerate(self._held):
+        for n, (at, part) in enumerate(self._held):
             first = part[0]
-            alone = first.is_contiguous() and first.untyped_storage().nbytes() == first.nbytes
-            if hi - lo == len(self._seen) and first.dtype == dtype and alone:
+            alone = first.is_contiguous() and first.untyped_storage().nbytes() == first.nbytes > 0
+            if at == [(0, first.shape[1], 0)] and first.shape[1] == len(self._seen) and first.dtype == dtype and alone:
                 del self._held[n]
                 return part
         return None
@@ -124,11 +236,29 @@ class Held(ABC):
     def _clear(self, rows: slice) -> None:
         """Store what rows have to which nothing came."""
 
+    @abstractmethod
+    def _scatter(self, pieces: Scattered, which: np.ndarray, into: Tensor | None) -> None:
+        """Put together the rows of those of `pieces`, which have up to `most` parts, in `into` or where they were; rows of which
+        nothing has come are cleared."""
 
-def _deepest(held: Sequence[tuple[int, int, Part]]) -> int:
+
+def _layers(intervals: np.ndarray, part: Part) -> list[Layer]:
+    """A part of intervals that may share rows, as parts of some that do not."""
+    at, start = list[tuple[int, int, int]](), 0
+    for lo, hi in intervals.tolist():
+        at += [(lo, hi, start)] if lo < hi else []
+        start += hi - lo
+    if all(one[1] <= other[0] for one, other in pairwise(at)):
+        return [Layer(at, part)] if at else []
+    at.sort()
+    turn = turns(np.array(at)).tolist()
+    return [Layer([each for each, number in zip(at, turn, strict=True) if number == n], part) for n in range(max(turn) + 1)]
+
+
+def _deepest(held: Sequence[Layer]) -> int:
     """How many parts the row has that has most."""
     depth = most = 0
-    for _, step in sorted((end, step) for lo, hi, _ in held for end, step in ((lo, 1), (hi, -1))):
+    for _, step in sorted((end, step) for layer in held for lo, hi, _ in layer.at for end, step in ((lo, 1), (hi, -1))):
         depth += step
         most = max(most, depth)
     return most

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .held import Held, Part, at_once, exact_dtype, fused
+from .held import Held, Part, Scattered, at_once, exact_dtype, fused
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -75,7 +76,11 @@ class Results(Held):
             self.finish()
             return self.out
         into = self.lse.new_empty(self._shape, dtype=dtype) if into is None else into
-        for rows, parts, seen in self._pieces(0, len(self._seen)):
+        pieces = self._pieces(0, len(self._seen))
+        if self._scattered(pieces):
+            self._by_table(pieces, into=into)
+            return into
+        for rows, parts, seen in pieces:
             end, lse = into[:, rows], self.lse[:, rows]
             if parts:
                 merge_all_(self.out[:, rows] if seen else end, lse, parts, not seen, end)
@@ -98,6 +103,12 @@ class Results(Held):
     def _clear(self, rows: slice) -> None:
         self.out[:, rows].zero_()
         self.lse[:, rows].fill_(float("-inf"))
+
+    def _scatter(self, pieces: Scattered, which: np.ndarray, into: Tensor | None) -> None:
+        fresh, kernel = not pieces.seen[which].any(), fused()
+        assert kernel is not None
+        out = into if into is not None and fresh else self.out
+        kernel.merge_(out, self.lse, [(x, lse) for x, lse in pieces.parts], fresh, into, pieces.table(which, self.device))
 
 
 def update_out_and_lse(

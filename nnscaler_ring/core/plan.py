@@ -26,7 +26,7 @@ from types import MappingProxyType
 import numpy as np
 
 from .chains import chains_of, rows_needed
-from .geometry import coalesce, join, overlaps, trim, union, visible, windows
+from .geometry import coalesce, join, overlaps, trim, turns, union, visible, windows
 from .layout import PACKINGS, Layout
 from .mask import Mask
 from .steps import Calls, Message, RankPlan, Step
@@ -243,7 +243,7 @@ def _group(bands: np.ndarray, window: np.ndarray, seen: np.ndarray, part: int) -
     """The calls for joined bands of one moment and part; `seen` rows are updated."""
     if len(bands) == 1:
         return (_call(window[0], bands[:, :4], seen, part),)
-    keys, at = np.unique(np.column_stack([_turns(bands), window]), axis=0, return_inverse=True)
+    keys, at = np.unique(np.column_stack([turns(bands), window]), axis=0, return_inverse=True)
     return tuple(_call(key[1:], bands[at.ravel() == n, :4], seen, part) for n, key in enumerate(keys))
 
 
@@ -255,18 +255,6 @@ def _call(window: np.ndarray, spans: np.ndarray, seen: np.ndarray, part: int) ->
         seen[lo:hi] = True
     left, right = window.tolist()
     return Calls((left, right), spans, np.column_stack([rows, fresh]), part)
-
-
-def _turns(bands: np.ndarray) -> np.ndarray:
-    """A number for each band such that bands of one number share no query row; bands come ordered by their first row."""
-    turns = np.zeros(len(bands), dtype=np.int64)
-    if (bands[1:, 0] >= bands[:-1, 1]).all():
-        return turns
-    free: list[int] = []  # the row from which each turn is free
-    for n, (i0, i1) in enumerate(bands[:, :2].tolist()):
-        turns[n] = next((t for t, row in enumerate(free) if row <= i0), len(free))
-        free[turns[n] : turns[n] + 1] = [i1]
-    return turns
 
 
 # -- neighbour to neighbour: ring --------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .held import Held, Part, exact_dtype, fused
+from .held import Held, Part, Scattered, exact_dtype, fused
 
 
 class Sum(Held):
@@ -45,7 +47,11 @@ class Sum(Held):
 
     def store(self, into: Tensor, holds: bool = False) -> Tensor:
         """The end: the gradient in another dtype, rounded once, and besides what `into` `holds`, if it does."""
-        for rows, parts, seen in self._pieces(0, len(self._seen)):
+        pieces = self._pieces(0, len(self._seen))
+        if self._scattered(pieces):
+            self._by_table(pieces.besides((into,)) if holds else pieces, into=into)
+            return into
+        for rows, parts, seen in pieces:
             end = into[:, rows]
             terms = [*([end] if holds else []), *([self._total[:, rows]] if seen else []), *(x for (x,) in parts)]
             add_all(end, terms)
@@ -67,6 +73,11 @@ class Sum(Held):
 
     def _clear(self, rows: slice) -> None:
         self._total[:, rows].zero_()
+
+    def _scatter(self, pieces: Scattered, which: np.ndarray, into: Tensor | None) -> None:
+        total = into if into is not None and not pieces.seen[which].any() else self._total
+        terms = [total, *(x for (x,) in pieces.parts)]
+        _kernel().add_(total if into is None else into, terms, pieces.table(which, self.device))
 
 
 class Whole:
@@ -102,6 +113,10 @@ def add_all(out: Tensor, terms: Sequence[Tensor]) -> None:
     elif len(terms) == 2 and terms[0] is out:
         out.add_(terms[1])
     else:
-        kernel = fused()
-        assert kernel is not None, "where one is added at once there are not so many"
-        kernel.add_(out, terms)
+        _kernel().add_(out, terms)
+
+
+def _kernel() -> ModuleType:
+    kernel = fused()
+    assert kernel is not None, "where one is added at once there are not so many"
+    return kernel
