@@ -142,7 +142,16 @@ class ContextParallel:
             seq_len: tokens of the whole sequence.
             cu_seqlens: int32 boundaries of packed documents ``[0, ..., seq_len]``.
             device: of the result.
+
+        Raises:
+            ValueError: the last shards were cut by documents, and here are none, or the other way round, where the layout looks at
+                them.
+
+        Example:
+            >>> ContextParallel(None).position_ids(5, torch.tensor([0, 3, 5], dtype=torch.int32)).tolist()
+            [0, 1, 2, 0, 1]
         """
+        self._check_documents(cu_seqlens)
         positions = self._layout(seq_len, cu_seqlens).positions(self.rank)
         cu = host_table("cu_seqlens", cu_seqlens)
         if cu is not None:
@@ -151,7 +160,20 @@ class ContextParallel:
         return torch.from_numpy(positions).to(device)
 
     def shard(self, x: Tensor, dim: int, cu_seqlens: Tensor | None = None) -> Tensor:
-        """This rank's tokens of `x`, which every rank has whole: ``[..., S, ...] -> [..., L, ...]``; differentiable."""
+        """This rank's tokens of `x`, which every rank has whole: ``[..., S, ...] -> [..., L, ...]``; differentiable.
+
+        Args:
+            x: any dtype.
+            dim: the dim of the tokens.
+            cu_seqlens: boundaries of packed documents; those that every call about these tokens gets.
+
+        Raises:
+            ValueError: no such dim, or boundaries that are not those of `S` tokens.
+
+        Example:
+            >>> ContextParallel(None).shard(torch.arange(6), dim=0).tolist()  # of one rank
+            [0, 1, 2, 3, 4, 5]
+        """
         held = self._layout(_tokens(x, dim), cu_seqlens)
         self._by_documents = cu_seqlens is not None
         self._uneven |= set(held.counts.tolist()) if (held.counts != held.counts[0]).any() else set()
@@ -193,7 +215,10 @@ class ContextParallel:
         if cu is not None:
             return int(cu[-1])
         if tokens in self._uneven:  # the same on every rank, where the lengths are not
-            raise ValueError("shards of different lengths have been given out: pass seq_len, the tokens of the whole sequence")
+            raise ValueError(
+                f"shards of different lengths have been given out before, so {tokens} tokens here may be of several lengths: pass "
+                "seq_len, the tokens of the whole sequence"
+            )
         return tokens * self.world_size
 
     def attention(

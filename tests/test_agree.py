@@ -24,7 +24,10 @@ from nnscaler_ring import (
 from nnscaler_ring.core.agree import VARIABLE, asked
 
 DIFFERENT: dict[str, Callable[[int], dict[str, Any]]] = {
-    "layout, transport, mask or options": lambda rank: {"mask": ("causal", "full")[rank]},
+    "mask": lambda rank: {"mask": ("causal", "full")[rank]},
+    "softcap or dropout_p": lambda rank: {"softcap": 1.0 + rank},
+    "other options": lambda rank: {"deterministic": bool(rank)},
+    "dtype of the bias, or whether it has a gradient": lambda rank: {"bias": torch.zeros(1, 8, 16, requires_grad=bool(rank))},
     "seq_len": lambda rank: {"rows": 8 - rank, "seq_len": 16 - 2 * rank},
     "cu_seqlens": lambda rank: {"cu_seqlens": torch.tensor([0, 5 + rank, 16], dtype=torch.int32)},
     "the slices of their Mask": lambda rank: {"mask": Mask([Slice(0, 16, 0, 16 - rank)], 16, 16)},
@@ -79,7 +82,7 @@ def test_a_rank_that_refuses_its_own_arguments_is_told_to_the_others(ranks: Any)
     waiting, refusing = ranks(2).run(refuse)
     for name, message in refusing.items():
         assert "differ in" not in message
-        told = "rank 0 and rank 1 differ in whether their own arguments can be; on rank 0 it is True: say the same on every rank"
+        told = "rank 1 refused the arguments of this call: the error there says why"
         assert waiting[name] == (message if name.startswith("both") else told)
 
 

@@ -134,3 +134,8 @@ def test_a_layout_as_a_string(name: str) -> None:
 def test_an_unknown_name_lists_the_known() -> None:
     with pytest.raises(ValueError, match="unknown layout 'zagzig': choose one of contiguous, zigzag, stripe, contiguous-per"):
         build("zagzig", 8, 2)
+
+
+def test_runs_that_leave_out_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match="these runs hold 4, length is 6"):
+        Layout(np.array([[0, 0, 2], [1, 4, 2]]), 6, 2)

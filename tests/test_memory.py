@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core import engine, passes
+from nnscaler_ring.core.call import Options, Rows, out_and_lse
 from nnscaler_ring.core.kernels.base import Case, Grad, Kernel, Scores, Spans, Window
 from nnscaler_ring.core.recipe import Recipe
+from nnscaler_ring.core.walk import KV, KVSums
 
 P, RANK, ROWS, HEADS, DIM = 8, 3, 512, 4, 16
 PAIR = ROWS * HEADS * 2 * DIM * 2
@@ -98,3 +100,19 @@ def test_all_gather_holds_two_of_its_strides_of_heads(monkeypatch: pytest.Monkey
     one_head, backward = peaks(monkeypatch, layout="contiguous", transport="all_gather", causal=False, heads_stride=1)
     assert one_head < 2 * 9 / HEADS + SMALL
     assert backward < 2 * (9 + 8 * 2 + 8 * 2) / HEADS + 2 + SMALL
+
+
+def test_steps_that_bring_nothing_have_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a causal ring over contiguous chunks: rank 1 reads one other chunk, and then nothing comes any more."""
+    made, inside = list[int](), KVSums.inside
+
+    def noted(rows: KV, parts: int) -> KVSums:
+        made.append(len(rows.data))
+        return inside(rows, parts)
+
+    monkeypatch.setattr(KVSums, "inside", noted)
+    recipe = Recipe(group="pretend:8:1", transport="ring", causal=True)
+    q, k, v = (torch.randn(1, 8, 2, 8, requires_grad=True) for _ in range(3))
+    out, _ = out_and_lse(q, k, v, recipe, Options(causal=True), Rows())
+    out.sum().backward()
+    assert [size for size in made if size] == [8]

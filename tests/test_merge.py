@@ -271,6 +271,9 @@ def test_a_slice_of_rows() -> None:
     torch.testing.assert_close(got_lse[rows], whole_lse[rows], rtol=0, atol=0)
     for row in (0, 3):
         assert torch.equal(got[:, row], first[:, row]) and torch.equal(got_lse[:, row], first_lse[:, row])
+    index = (slice(None), torch.tensor([1, 2]))  # a copy
+    got, got_lse = update_out_and_lse(first.clone(), first_lse.clone(), block_out[:, 1:3], block_lse[:, :, 1:3], slice_=index)
+    assert torch.equal(got, out) and torch.equal(got_lse, lse)
     with pytest.raises(ValueError, match="the first block sets every row"):
         update_out_and_lse(None, None, *parts[0], slice_=rows)
 

@@ -404,6 +404,17 @@ def test_names() -> None:
         first.apply(model)
 
 
+def test_a_model_keeps_the_attention_that_was_applied() -> None:
+    """One made later under its name, with another target, is not taken for it."""
+    first, model = alone()
+    batch = first.shard_batch(packed_row())
+    Attention(first.target)
+    model(**batch)
+    Attention(ContextParallel(None, layout="zigzag"))
+    with pytest.raises(ValueError, match="another Attention was made under the name"):
+        model(**batch)
+
+
 def test_boundaries_and_counts_of_a_batch_are_kept() -> None:
     """Boundaries that a collator gives; the tokens of all batches that make a step."""
     attention, model = alone()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,15 @@ def asked() -> bool:
     return os.environ.get(VARIABLE, "0") not in ("", "0")
 
 
-FACTS = 12
+FACTS = 16
 """As many are compared, whatever the call: a rank whose own arguments are refused does not know which call the others make."""
+
+
+_CAN_BE = "whether their own arguments can be"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def check_alike(transport: Transport, facts: Mapping[str, object], device: torch.device) -> None:
@@ -37,7 +44,7 @@ def check_alike(transport: Transport, facts: Mapping[str, object], device: torch
     """
     if not isinstance(transport, ProcessTransport):
         return
-    facts = {"whether their own arguments can be": bool(facts), **facts}
+    facts = {_CAN_BE: bool(facts), **facts}
     digests = [hashlib.sha256(repr(fact).encode()).digest()[:8] for fact in facts.values()]
     numbers = [int.from_bytes(each, "little", signed=True) for each in digests]
     own = [dist.get_rank(), *numbers, *[0] * (FACTS - len(numbers))]
@@ -47,10 +54,12 @@ def check_alike(transport: Transport, facts: Mapping[str, object], device: torch
         dist.all_gather(heard, said, group=group)
         said = torch.cat(heard)
     ranks, *columns = said.T.tolist()
+    if facts[_CAN_BE] and (refused := [rank for rank, can_be in zip(ranks, columns[0], strict=True) if can_be != numbers[0]]):
+        raise ValueError(f"{_ranks(sorted(refused))} refused the arguments of this call: the error there says why")
     for name, answers in zip(facts, columns, strict=False):
         if len(set(answers)) > 1:
             alike = [sorted(r for r, x in zip(ranks, answers, strict=True) if x == each) for each in dict.fromkeys(answers)]
-            parts = " and ".join(f"rank{'s' * (len(each) > 1)} {', '.join(map(str, each))}" for each in sorted(alike))
+            parts = " and ".join(map(_ranks, sorted(alike)))
             shown = repr(facts[name])
             here = shown if len(shown) <= 200 else f"{shown[:200]}..."
             raise ValueError(f"{parts} differ in {name}; on rank {own[0]} it is {here}: say the same on every rank")

@@ -7,7 +7,7 @@ DTensor see one node: `attention`, with `attention_backward`. What it runs is in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -83,14 +83,20 @@ def _extras(job: Job, alibi: Tensor | None, bias: Tensor | None, sink: Tensor | 
 
 def _facts(job: Job, qkv: Sequence[Tensor], scale: float, seed: int, tables: Sequence[Tensor | None]) -> Mapping[str, object]:
     """What ranks that share a sequence must say alike."""
-    q, k, v = qkv
+    (q, k, v), bias = qkv, tables[4]
+    said = {name: value for name, value in asdict(job.recipe).items() if name != "group"}
     return {
-        "layout, transport, mask or options": str(replace(job.recipe, group="")),
+        "layout": said.pop("layout"),
+        "transport": said.pop("transport"),
+        "mask": {name: said.pop(name) for name in ("causal", "window", "sinks", "prefix", "far")},
+        "softcap or dropout_p": (said.pop("softcap"), said.pop("dropout")),
+        "other options": said,
         "seq_len": (job.q_layout.length, job.k_layout.length),
         "cu_seqlens": [None if x is None else x.tolist() for x in tables[:2]],
         # Of llama3's, whose transport is broadcast, a rank knows its own.
         "the slices of their Mask": None if tables[2] is None or job.recipe.transport == "broadcast" else tables[2].tolist(),
         "which of alibi_slopes, bias and learnable_sink they pass": [x is not None for x in tables[3:]],
+        "dtype of the bias, or whether it has a gradient": bias is not None and (bias.dtype, bias.requires_grad),
         "batch, heads or head dims": [(x.shape[0], *x.shape[2:]) for x in (q, k, v)],
         "dtype": q.dtype,
         "softmax_scale": scale,

@@ -27,6 +27,9 @@ class Layout:
         world_size: number of ranks; a rank may hold nothing.
         stride: the one stride of all runs.
 
+    Raises:
+        ValueError: the runs hold more positions or fewer.
+
     Example:
         >>> zigzag(8, 2).positions(0)
         array([0, 1, 6, 7])
@@ -51,7 +54,8 @@ class Layout:
         """A rank's rows are in the order of their positions; not so if it holds several runs of a stride."""
         self._key = (self.length, self.world_size, self.stride, runs.tobytes())
         self._hash = hash(self._key)
-        assert self.counts.sum() == length, "a layout holds every position once"
+        if self.counts.sum() != length:
+            raise ValueError(f"a layout holds every position once: these runs hold {int(self.counts.sum())}, length is {length}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and self._hash == other._hash and self._key == other._key

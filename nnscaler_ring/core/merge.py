@@ -150,7 +150,9 @@ def update_out_and_lse(
     if slice_ is None:
         merge_(out, lse, block_out, column)
     else:
-        merge_(out[slice_], lse[slice_], block_out, column)
+        part, part_lse = out[slice_], lse[slice_]
+        merge_(part, part_lse, block_out, column)
+        out[slice_], lse[slice_] = part, part_lse  # an index that is a tensor takes a copy
     return out, lse
 
 

@@ -83,7 +83,7 @@ class Step:
         send: rows of the buffer before; a message to the rank itself is a copy.
         receive: rows of this buffer.
         at: where in its memory the buffer starts.
-        room: rows of the memory; 0 where it is that of the step before.
+        room: rows of the memory that begins here; 0 where it goes on, the step before not having ended it, and where nothing comes.
         ends: the memory is full with this step: calls run, gradients leave.
         calls: what runs then, on rows of the memory.
         holds: ``[n, 4]`` ``(origin, lo, hi, start)``: which rows the memory then holds, and where.

@@ -194,7 +194,7 @@ def _fetch(plan: RankPlan, t: int, memory: KV | None, k: Tensor, v: Tensor) -> G
     step = plan.steps[t]
     receive, send = _pieces(step.receive), _pieces(step.send)
     packed = KV.pack(send, k, v) if memory is None else partial(take, memory.part(plan.steps[t - 1]).data)
-    memory = memory if memory is not None and not step.room else KV.make(step.room, k, v, k.dtype)
+    memory = KV.make(step.room, k, v, k.dtype) if memory is None or plan.steps[t - 1].ends else memory
     filled, buffer = memory, memory.part(step)
     inbox = [(m, room(buffer.data, m.rows)) for m in receive]
     outbox = [(m.peer, packed(m.rows)) for m in send]

@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -29,6 +29,10 @@ IGNORED = -100
 
 REMEMBERED = 16
 """Tensors that told of documents and are remembered, two a batch of `shard_batch`."""
+
+
+_APPLIED = "_nnscaler_ring_attention"
+"""What a module keeps of the `Attention` that was applied to it: one made later under the same name may have another target."""
 
 
 class Attention:
@@ -59,6 +63,7 @@ class Attention:
         self.name = name
         self.any_model = any_model
         self._padded = False
+        self._said = repr(self)
         self._known: OrderedDict[tuple[Any, ...], _Told] = OrderedDict()
         register(name, self, refuse_masks)
         if not isinstance(target, ContextParallel) and "nnscaler" in sys.modules:
@@ -91,13 +96,17 @@ class Attention:
                 if hasattr(module, "config"):
                     module.config._attn_implementation = self.name
         for module in model.modules():
+            setattr(module, _APPLIED, self._said)
             if hasattr(module, "_update_causal_mask"):  # before 4.53: it makes a mask of all pairs
                 module._update_causal_mask = _no_mask
         return model
 
     def _check_name(self) -> None:
         if registered(self.name)[0] is not self:
-            raise ValueError(f"another Attention was made under the name {self.name!r}: give each a name=")
+            self._refuse_name()
+
+    def _refuse_name(self) -> NoReturn:
+        raise ValueError(f"another Attention was made under the name {self.name!r}: give each a name=")
 
     def __call__(
         self,
@@ -131,6 +140,8 @@ class Attention:
             ValueError: a mask; keys other than the queries'; positions that do not say where documents begin.
             NotImplementedError: attention weights asked for, or a kind of attention that is not told by its arguments.
         """
+        if getattr(module, _APPLIED, self._said) != self._said:
+            self._refuse_name()
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         first = getattr(module, "layer_idx", None) == 0
         if first and not self.any_model:
@@ -223,7 +234,10 @@ class Attention:
         documents = None if cu_seqlens is None else self._told(cu_seqlens)
         length = None if cu_seqlens is None else int(cu_seqlens[-1])
         if length is None and tokens in cp._uneven:
-            raise ValueError(f"ranks with different numbers of tokens: pass cu_seq_lens_q, [0, S] for one sequence. {_TOLD}")
+            raise ValueError(
+                f"ranks have had different numbers of tokens, so {tokens} here may be of several lengths: pass cu_seq_lens_q, "
+                f"[0, S] for one sequence. {_TOLD}"
+            )
         row = cp.unshard(position_ids.contiguous(), 1, documents, length).cpu().numpy()
         held = [cp._layout(row.shape[1], documents).positions(rank) for rank in range(cp.world_size)]
         begins = set() if cu_seqlens is None else set(cu_seqlens.tolist())
