@@ -110,31 +110,30 @@ def test_overlaps() -> None:
         assert set(found) == brute and len(found) == len(brute)
 
 
-def test_union_is_the_greatest_height_over_each_place() -> None:
+def test_union_is_what_the_intervals_of_each_key_cover() -> None:
     rng = np.random.default_rng(0)
     for n in range(1000):
         num, length = int(rng.integers(0, 9)), 24
-        keys, height = rng.integers(0, 3, num), rng.integers(0, 4, num)
+        keys = rng.integers(0, 3, num)
         lo = rng.integers(0, length, num)
         hi = np.minimum(lo + rng.integers(1, 12, num), length)
         breaks = None
         if n % 2:
             at = rng.integers(0, length, (3, 2))
             breaks = np.repeat(np.arange(3), 2), at.ravel()
-        top = np.full((3, length), -1)
-        for key, a, b, h in zip(keys, lo, hi, height, strict=True):
-            top[key, a:b] = np.maximum(top[key, a:b], h)
-        pieces = np.stack(geometry.union(keys, lo, hi, height, breaks), axis=1)
-        got = np.full((3, length), -1)
-        for key, a, b, h in pieces.tolist():
-            assert (got[key, a:b] == -1).all() and a < b, "disjoint"
-            got[key, a:b] = h
-        np.testing.assert_array_equal(got, top)
+        covered, got = np.zeros((3, length), dtype=bool), np.zeros((3, length), dtype=bool)
+        for key, a, b in zip(keys, lo, hi, strict=True):
+            covered[key, a:b] = True
+        pieces = np.stack(geometry.union(keys, lo, hi, breaks), axis=1)
+        for key, a, b in pieces.tolist():
+            assert not got[key, a:b].any() and a < b, "disjoint"
+            got[key, a:b] = True
+        np.testing.assert_array_equal(got, covered)
         walls = set() if breaks is None else set(zip(breaks[0].tolist(), breaks[1].tolist(), strict=True))
-        assert all(not a < at < b for key, a, b, _ in pieces.tolist() for k, at in walls if k == key), "none reaches across"
+        assert all(not a < at < b for key, a, b in pieces.tolist() for k, at in walls if k == key), "none reaches across"
         assert pieces[:, :2].tolist() == sorted(pieces[:, :2].tolist())
         for one, two in zip(pieces[:-1].tolist(), pieces[1:].tolist(), strict=True):
-            touch = one[0] == two[0] and one[2] == two[1] and one[3] == two[3]
+            touch = one[0] == two[0] and one[2] == two[1]
             assert not touch or (two[0], two[1]) in walls, "as few pieces as can be"
 
 

@@ -130,15 +130,15 @@ class World:
         onward = {}
         for p in self.plans:
             left = np.zeros(len(grads[p.rank]), dtype=int)
-            for m in (*p.steps[t].home_send, *(p.steps[t + 1].send if p.steps[t].relays else ())):
+            for m in (*p.steps[t].home_send, *(p.steps[t + 1].send if 0 < t < len(p.steps) - 1 else ())):
                 left[rows_of(m.rows)] += 1
             assert (left == 1).all(), "each row's gradient leaves once"
-            if p.steps[t].relays:
+            if 0 < t < len(p.steps) - 1:
                 onward |= {(p.rank, m.peer): grads[p.rank][rows_of(m.rows)] for m in p.steps[t + 1].send}
         for p in self.plans:
             for m in p.steps[t].home_receive:
                 np.add.at(homes[p.rank], rows_of(m.rows), mail.pop((m.peer, p.rank)))
-            if p.steps[t].relays:
+            if 0 < t < len(p.steps) - 1:
                 arriving[p.rank] = np.zeros(p.steps[t + 1].size, dtype=int)
                 for m in p.steps[t + 1].receive:
                     arriving[p.rank][rows_of(m.rows)] += onward.pop((m.peer, p.rank))

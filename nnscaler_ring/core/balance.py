@@ -32,7 +32,7 @@ import numpy as np
 from . import layout
 from .cost import TILE, band_tiles, one_band_tiles
 from .geometry import overlaps, trim
-from .layout import Layout
+from .layout import Layout, ranges
 from .mask import Mask
 
 EVEN = 1.02
@@ -124,8 +124,7 @@ class _Segments:
         """Tiles of the rows at positions ``[a, b)``, which lie in `segment`, elementwise."""
         count = self._first_band[segment + 1] - self._first_band[segment]
         at = np.repeat(np.arange(len(segment)), count)
-        band = np.arange(len(at)) - np.repeat(np.cumsum(count) - count - self._first_band[segment], count)
-        k0, k1, lo, hi = self._bands[band].T
+        k0, k1, lo, hi = self._bands[ranges(self._first_band[segment], count)].T
         i0, i1, j0, j1, low, high = trim(a[at], b[at], k0, k1, lo, hi)
         tiles = band_tiles(i0, i1, j0, j1, low, high, self.tile)
         return np.bincount(at, tiles, minlength=len(segment)).astype(np.int64)

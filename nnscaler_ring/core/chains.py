@@ -18,7 +18,7 @@ from .mask import Mask
 
 def _addresses(k: Layout) -> np.ndarray:
     """The address of each run's first row."""
-    return k.runs[:, 1] if k.stride == 1 else (np.cumsum(k.counts) - k.counts)[k.runs[:, 0]] + k.row0
+    return k.runs[:, 1] if k.stride == 1 else k.number0
 
 
 def needs(mask: Mask, q: Layout, k: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -33,9 +33,9 @@ def needs(mask: Mask, q: Layout, k: Layout) -> tuple[np.ndarray, np.ndarray, np.
         reader, lo, hi = rank[at_q][some], j0[some], j1[some]
     else:
         bands = visible(mask, q, k)
-        base = (np.cumsum(k.counts) - k.counts)[bands[:, 1]]
+        base = k.rank0[bands[:, 1]]
         reader, lo, hi = bands[:, 0], base + bands[:, 4], base + bands[:, 5]
-    reader, lo, hi, _ = union(reader, lo, hi, np.ones(len(reader), dtype=np.int64))
+    reader, lo, hi = union(reader, lo, hi)
     return reader, lo, hi
 
 

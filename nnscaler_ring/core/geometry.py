@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .layout import Layout
+from .layout import Layout, ranges
 from .mask import NO_LIMIT, Mask, band_area
 
 Columns = tuple[np.ndarray, ...]
@@ -61,7 +61,7 @@ def overlaps(a0: np.ndarray, a1: np.ndarray, b0: np.ndarray, b1: np.ndarray) -> 
     first = np.searchsorted(np.maximum.accumulate(b1), a0, side="right")
     count = np.maximum(0, np.searchsorted(b0, a1, side="left") - first)
     n = np.repeat(np.arange(len(a0)), count)
-    m = np.arange(len(n)) - np.repeat(np.cumsum(count) - count - first, count)
+    m = ranges(first, count)
     hit = (b1[m] > a0[n]) & (a0[n] < a1[n])
     return n[hit], order[m[hit]]
 
@@ -122,28 +122,23 @@ def windows(bands: np.ndarray) -> np.ndarray:
     return np.stack([left, right], axis=1)
 
 
-def union(keys: np.ndarray, lo: np.ndarray, hi: np.ndarray, height: np.ndarray, breaks: Columns | None = None) -> Columns:
-    """Disjoint pieces ``(key, lo, hi, height)`` of the intervals ``[lo, hi)`` of each key, with the greatest height over each.
+def union(keys: np.ndarray, lo: np.ndarray, hi: np.ndarray, breaks: Columns | None = None) -> Columns:
+    """Disjoint pieces ``(key, lo, hi)`` of what the intervals ``[lo, hi)`` of each key cover, ordered by key and place.
 
-    Touching pieces of one height are one piece, but none reaches across `breaks`, arrays ``(key, at)``. Pieces come ordered by
-    key and place.
+    Touching pieces are one, but none reaches across `breaks`, arrays ``(key, at)``.
     """
     if not len(keys):
-        return keys, lo, hi, height
+        return keys, lo, hi
     span = int(hi.max()) + 1
     starts, ends = keys * span + lo, keys * span + hi
     walls = np.empty(0, dtype=np.int64) if breaks is None else breaks[0] * span + np.minimum(breaks[1], span - 1)
     points = distinct(np.concatenate([starts, ends, walls]))
-    first, count = np.searchsorted(points, starts), np.searchsorted(points, ends) - np.searchsorted(points, starts)
-    piece = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - first, count)
-    top = np.full(len(points), -1, dtype=np.int64)
-    np.maximum.at(top, piece, np.repeat(height, count))
-    starts_piece = np.concatenate([[True], (top[1:] != top[:-1]) | np.isin(points[1:], walls)])
-    at = np.flatnonzero(starts_piece & (top >= 0))
-    ends_at = np.append(np.flatnonzero(starts_piece), len(points) - 1)
-    stop = points[ends_at[np.searchsorted(ends_at, at, side="right")]]
-    key = points[at] // span
-    return key, points[at] - key * span, stop - key * span, top[at]
+    begin, end = (np.bincount(np.searchsorted(points, at), minlength=len(points)) for at in (starts, ends))
+    covered = np.cumsum(begin - end) > 0  # from each point to the next
+    before, wall = np.append(False, covered[:-1]), np.isin(points, walls)
+    first, last = points[covered & (~before | wall)], points[before & (~covered | wall)]
+    key = first // span
+    return key, first - key * span, last - key * span
 
 
 def distinct(values: np.ndarray) -> np.ndarray:

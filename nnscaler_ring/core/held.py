@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .device import on_device
 from .geometry import turns
+from .layout import ranges
 
 Part = tuple[Tensor, ...]
 """Tensors ``[B, n, ...]`` about the same rows."""
@@ -132,8 +133,7 @@ class Scattered:
         size = np.diff(self.cuts)[which]
         lo, seen, source = self.cuts[:-1][which], self.seen[which], self.source[which]
         first = np.column_stack([lo, np.where(seen, lo, -1), source])
-        within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
-        first = np.repeat(first, size, axis=0)
+        first, within = np.repeat(first, size, axis=0), ranges(np.zeros_like(size), size)
         return on_device(np.where(first < 0, -1, first + within[:, None]).astype(np.int32), device)
 
 

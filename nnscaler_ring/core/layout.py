@@ -47,8 +47,11 @@ class Layout:
         self.runs.setflags(write=False)
         self.length, self.world_size, self.stride = int(length), int(world_size), int(stride)
         self.counts = np.bincount(runs[:, 0], weights=runs[:, 2], minlength=world_size).astype(np.int64)
-        before = np.cumsum(runs[:, 2]) - runs[:, 2]
-        self.row0 = before - (np.cumsum(self.counts) - self.counts)[runs[:, 0]]
+        self.number0 = np.cumsum(runs[:, 2]) - runs[:, 2]
+        """Number of each run's first row if all ranks' rows are counted through."""
+        self.rank0 = np.cumsum(self.counts) - self.counts
+        """The same of each rank."""
+        self.row0 = self.number0 - self.rank0[runs[:, 0]]
         """Local row of each run's first position."""
         self.ascends = stride == 1 or len(np.unique(runs[:, 0])) == len(runs)
         """A rank's rows are in the order of their positions; not so if it holds several runs of a stride."""
@@ -69,7 +72,7 @@ class Layout:
     def positions(self, rank: int) -> np.ndarray:
         """The positions that `rank` holds, in the order of its rows: int64 ``[counts[rank]]``."""
         _, start, count = self.runs[self.runs[:, 0] == rank].T
-        return np.repeat(start, count) + self.stride * (np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count))
+        return ranges(start, count, self.stride)
 
     def owner(self) -> tuple[np.ndarray, np.ndarray]:
         """The inverse: for each position the rank that holds it and its row there, two int64 ``[length]`` arrays."""
@@ -78,6 +81,11 @@ class Layout:
             positions = self.positions(rank)
             ranks[positions], rows[positions] = rank, np.arange(len(positions))
         return ranks, rows
+
+
+def ranges(start: np.ndarray, count: np.ndarray, stride: int = 1) -> np.ndarray:
+    """For each start the `count` numbers ``start, start + stride, ...``, one range after the other."""
+    return np.repeat(start, count) + stride * (np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count))
 
 
 def contiguous(length: int, world_size: int, cu_seqlens: np.ndarray | None = None) -> Layout:

@@ -28,19 +28,15 @@ def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[Part], fresh: bool, int
     fp32. `into` takes out in place of `out`, in another dtype: rounded once.
     """
     into = out if into is None else into
-    if fresh and len(parts) == 1:
-        into.copy_(parts[0][0])
-        lse.copy_(parts[0][1])
-        return
-    if at_once(out.device.type) > 1:
+    if at_once(out.device.type) > 1 and not (fresh and len(parts) == 1):
         kernel = fused()
         assert kernel is not None
         kernel.merge_(out, lse, parts, fresh, into)
         return
-    assert into is out, "where one is merged at once nothing is held to the end"
     if fresh:
-        out.copy_(parts[0][0])
+        into.copy_(parts[0][0])
         lse.copy_(parts[0][1])
+    assert into is out or len(parts) == 1, "where one is merged at once nothing is held to the end"
     for part, part_lse in parts[fresh:]:
         weight = torch.sigmoid(part_lse - lse).nan_to_num_(nan=0.0)  # -inf less -inf: neither has seen anything
         out.lerp_(part.to(out.dtype), weight.to(out.dtype))

@@ -139,8 +139,7 @@ def _direct(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) -
     runs = k.row0[k.runs[:, 0] == rank]
     readers = np.unique(wanted[:, 0])
     breaks = np.repeat(readers, len(runs)), np.tile(runs, len(readers))
-    given = union(wanted[:, 0], wanted[:, 2], wanted[:, 3], np.ones(len(wanted), dtype=np.int64), breaks)
-    send, receive = _in_parts(*given[:3]), _in_parts(origin, start, start + hi - lo)
+    send, receive = _in_parts(*union(wanted[:, 0], wanted[:, 2], wanted[:, 3], breaks)), _in_parts(origin, start, start + hi - lo)
     q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
     bands = mine[:, 2:].copy()
     bands[late] = _in_buffer(mine[late], buffer)
@@ -172,25 +171,22 @@ def _buffer(reads: np.ndarray, k: Layout) -> np.ndarray:
 
     Where a rank's rows do not ascend they stay in their order, which is that of the messages; there are no neighbours to join.
     """
-    pieces = union(reads[:, 1], reads[:, 2], reads[:, 3], np.ones(len(reads), dtype=np.int64), (k.runs[:, 0], k.row0))
-    buffer = np.stack(pieces, axis=1)
+    buffer = np.column_stack(union(reads[:, 1], reads[:, 2], reads[:, 3], (k.runs[:, 0], k.row0)))
     if k.ascends:
         buffer = buffer[np.argsort(_position(k, buffer[:, 0], buffer[:, 1]), kind="stable")]
     sizes = buffer[:, 2] - buffer[:, 1]
-    buffer[:, 3] = np.cumsum(sizes) - sizes
-    return buffer
+    return np.column_stack([buffer, np.cumsum(sizes) - sizes])
 
 
 def _position(k: Layout, rank: np.ndarray, row: np.ndarray) -> np.ndarray:
     """Position of each local row."""
-    base = np.cumsum(k.counts) - k.counts
-    run = np.searchsorted(base[k.runs[:, 0]] + k.row0, base[rank] + row, side="right") - 1
+    run = np.searchsorted(k.number0, k.rank0[rank] + row, side="right") - 1
     return k.runs[run, 1] + k.stride * (row - k.row0[run])
 
 
 def _messages(peer: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[Message, ...]:
     """One message a peer with all its rows, in ascending order."""
-    peer, lo, hi, _ = union(peer, lo, hi, np.ones(len(peer), dtype=np.int64))
+    peer, lo, hi = union(peer, lo, hi)
     rows = np.column_stack([lo, hi])
     return tuple(Message(p, rows[peer == p]) for p in np.unique(peer).tolist())
 
@@ -308,7 +304,6 @@ def _relayed(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) 
                 ends=t in ends,
                 calls=calls[group_of[t]] if t in ends else (),
                 holds=holds[group_of[t] - 1],
-                relays=t < chains.steps,
                 home_send=_messages(origin[here][~goes_on], lo[~goes_on], hi[~goes_on]),
                 home_receive=_messages(last_reader[returns], own[returns], own_end[returns]),
             )

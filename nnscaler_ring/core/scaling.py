@@ -167,10 +167,7 @@ def _rows(rank: RankPlan, step: Step) -> int:
 
 
 def _gradient_rows(rank: RankPlan, t: int) -> int:
-    step, onward = rank.steps[t], rank.steps[t + 1 : t + 2] if rank.steps[t].relays else ()
-    out = [m.size for m in (*step.home_send, *(m for s in onward for m in s.send)) if m.peer != rank.rank]
-    back = [m.size for m in (*step.home_receive, *(m for s in onward for m in s.receive)) if m.peer != rank.rank]
-    return max(sum(out), sum(back))
+    return max(sum(m.size for m in side) for side in rank.gradients(t))
 
 
 def step_bytes(rank: RankPlan, t: int, shape: Shape, at_once: int, backward: bool) -> float:
@@ -183,8 +180,8 @@ def step_bytes(rank: RankPlan, t: int, shape: Shape, at_once: int, backward: boo
     merged = sum(int((b[:, 1] - b[:, 0])[b[:, 2] == 0].sum()) for b in (calls.blocks for calls in step.calls))
     moved = merged * shape.batch * shape.heads * (shape.dim if backward else shape.dim_v) * (shape.element + total)
     if backward and t:
-        onward = rank.steps[t + 1].receive if step.relays and t + 1 < len(rank.steps) else ()
-        came, home = (sum(m.size for m in messages) for messages in (onward, step.home_receive))
+        home = sum(m.size for m in step.home_receive)
+        came = sum(m.size for s in rank.steps[t + 1 : t + 2] for m in s.receive)
         width = shape.batch * shape.heads_k * (shape.dim + shape.dim_v)
         moved += step.size * (shape.row + 4 * width) + came * shape.gradient_row + home * (shape.gradient_row + total * width)
     return moved

@@ -87,7 +87,6 @@ class Step:
         ends: the memory is full with this step: calls run, gradients leave.
         calls: what runs then, on rows of the memory.
         holds: ``[n, 4]`` ``(origin, lo, hi, start)``: which rows the memory then holds, and where.
-        relays: the next step passes rows of this buffer on, so their gradients go there; False: they went out from the shard.
         home_send: rows of this buffer whose gradient goes to the rank that owns them.
         home_receive: rows of the own shard whose gradient arrives.
     """
@@ -100,7 +99,6 @@ class Step:
     ends: bool = True
     calls: tuple[Calls, ...] = ()
     holds: np.ndarray = field(default_factory=lambda: np.empty((0, 4), dtype=np.int64))
-    relays: bool = False
     home_send: tuple[Message, ...] = ()
     home_receive: tuple[Message, ...] = ()
 
@@ -142,8 +140,14 @@ class RankPlan:
     @property
     def grad_rows_sent(self) -> int:
         """Rows of dK/dV that go to other ranks in the backward pass."""
-        onward = sum(m.size for a, b in zip(self.steps, self.steps[1:], strict=False) if a.relays for m in b.send)
-        return onward + sum(m.size for step in self.steps for m in step.home_send if m.peer != self.rank)
+        return sum(m.size for t in range(1, len(self.steps)) for m in self.gradients(t)[0])
+
+    def gradients(self, t: int) -> tuple[list[Message], list[Message]]:
+        """What step `t`, from 1 on, sends and receives of gradients: home, and along the messages that pass its rows on."""
+        step, following = self.steps[t], self.steps[t + 1 : t + 2]
+        send = [*step.home_send, *(m for s in following for m in s.send)]
+        receive = [*step.home_receive, *(m for s in following for m in s.receive)]
+        return [m for m in send if m.peer != self.rank], [m for m in receive if m.peer != self.rank]
 
     @property
     def pairs(self) -> int:

@@ -109,7 +109,8 @@ def add_all(out: Tensor, terms: Sequence[Tensor]) -> None:
     if not terms:
         out.zero_()
     elif len(terms) == 1:
-        _ = terms[0] is out or out.copy_(terms[0])
+        if terms[0] is not out:
+            out.copy_(terms[0])
     elif len(terms) == 2 and terms[0] is out:
         out.add_(terms[1])
     else:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .device import on_device
 from .held import exact_dtype
+from .layout import ranges
 from .steps import Message, RankPlan, Step
 from .sums import Sum
 from .transport import Exchange, Wait, Walk
@@ -149,9 +150,7 @@ def put(data: Tensor, rows: np.ndarray, part: Tensor) -> None:
 
 def _index(rows: np.ndarray, device: torch.device) -> Tensor:
     """The rows of some intervals one by one."""
-    first, end = rows.T
-    before = np.cumsum(end - first) - (end - first)
-    return on_device(np.arange((end - first).sum()) + np.repeat(first - before, end - first), device)
+    return on_device(ranges(rows[:, 0], rows[:, 1] - rows[:, 0]), device)
 
 
 def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None, wire: torch.dtype | None) -> Walk:
@@ -218,7 +217,7 @@ def _send_home(
     plan: RankPlan, t: int, grads: KV, home: KVSums, wire: torch.dtype
 ) -> Generator[Exchange, Wait, Callable[[KVSums | None, int], None]]:
     """Start sending the gradients of step `t`'s rows to whoever holds them next, or home; returns how to add what arrives."""
-    step, onward = plan.steps[t], plan.steps[t + 1 : t + 2] if plan.steps[t].relays else ()
+    step, onward = plan.steps[t], plan.steps[t + 1 : t + 2]
     home_send, home_receive = _pieces(step.home_send), _pieces(step.home_receive)
     own = [m for m in home_receive if m.peer == plan.rank]
     for message, rows in zip((m for m in home_send if m.peer == plan.rank), own, strict=True):

@@ -7,7 +7,6 @@ Legend: `B` batch, `L` query rows, `M` key rows, `Hq`/`Hk` heads, `D`/`Dv` head 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
@@ -206,8 +205,3 @@ class Grad:
     def totals(self) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv to add to in place."""
         return self.dq.total(), self.dk.total(), self.dv.total()
-
-
-def rows(spans: Spans) -> Sequence[tuple[int, int, int, int]]:
-    """The spans as tuples of ints."""
-    return [tuple(span) for span in spans.tolist()]

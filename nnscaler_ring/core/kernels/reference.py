@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..held import exact_dtype
-from .base import Case, Grad, Kernel, Scores, Spans, Window, philox, rows
+from .base import Case, Grad, Kernel, Scores, Spans, Window, philox
 
 MAX_SCORES = 1 << 26
 """Scores held at once, over batch and heads: 256 MiB of fp32."""
@@ -69,7 +69,7 @@ Piece = tuple[int, int, int, int, int]
 def _pieces(q: Tensor, spans: Spans) -> list[Piece]:
     """The spans cut by query rows to `MAX_SCORES`; a piece keeps all keys."""
     pieces = []
-    for i0, i1, j0, j1 in rows(spans):
+    for i0, i1, j0, j1 in spans.tolist():
         step = max(1, MAX_SCORES // max(1, q.shape[0] * q.shape[2] * (j1 - j0)))
         pieces += [(i, min(i + step, i1), j0, j1, j1 - i1) for i in range(i0, i1, step)]
     return pieces

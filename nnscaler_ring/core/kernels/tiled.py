@@ -15,7 +15,7 @@ from torch import Tensor
 from ..held import exact_dtype
 from ..merge import merge_
 from . import tiles
-from .base import Grad, Kernel, Scores, Spans, Window, rows
+from .base import Grad, Kernel, Scores, Spans, Window
 from .packed import pad
 from .tiles import Kind, Piece
 
@@ -42,7 +42,7 @@ class Tiled(Kernel):
         k, v = self._heads_as(q, k), self._heads_as(q, v)
         if scores.merged and self.merges_exactly:
             q, k, v = (x.to(exact_dtype(x.dtype)) for x in (q, k, v))
-        parts = [self._span(q[:, i0:i1], k[:, j0:j1], v[:, j0:j1], window, scores.scale) for i0, i1, j0, j1 in rows(spans)]
+        parts = [self._span(q[:, i0:i1], k[:, j0:j1], v[:, j0:j1], window, scores.scale) for i0, i1, j0, j1 in spans.tolist()]
         out, lse = parts[0] if len(parts) == 1 else (torch.cat([o for o, _ in parts], 1), torch.cat([x for _, x in parts], 2))
         return out[..., :head_dim_v], lse
 
@@ -50,7 +50,7 @@ class Tiled(Kernel):
         heads_k, (all_q, all_k, all_v) = k.shape[2], grad.totals
         q, k, v, out, d_out = pad(grad.q, k, v, grad.out, grad.d_out)
         k, v = self._heads_as(q, k), self._heads_as(q, v)
-        for i0, i1, j0, j1 in rows(spans):
+        for i0, i1, j0, j1 in spans.tolist():
             for piece in tiles.pieces(i1 - i0, j1 - j0, window, _long(q)):
                 at = piece._replace(i0=piece.i0 + i0, i1=piece.i1 + i0, j0=piece.j0 + j0, j1=piece.j1 + j0)
                 for b in _batches(at, q.shape[0]):

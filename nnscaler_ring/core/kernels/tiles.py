@@ -79,7 +79,7 @@ def _triangle(i0: int, j0: int, size: int, long: int) -> list[Piece]:
     if size >= long:
         return [Piece(Kind.CAUSAL, i0, i0 + size, j0, j0 + size)]
     if size < long // 2:
-        return [p._replace(j0=j0, low=p.low, high=j0 - i0) for p in _along(i0, i0 + size, j0 + size, -NO_LIMIT, j0 - i0)]
+        return [p._replace(j0=j0) for p in _along(i0, i0 + size, j0 + size, -NO_LIMIT, j0 - i0)]
     half = size // 2
     box = Piece(Kind.FULL, i0 + half, i0 + size, j0, j0 + half)
     return [*_triangle(i0, j0, half, long), box, *_triangle(i0 + half, j0 + half, size - half, long)]
@@ -94,12 +94,11 @@ def _wide(num_q: int, num_k: int, low: int, high: int, long: int) -> list[Piece]
         middle = min(max(i0 + high, 0), num_k)  # keys before it have no limit on the right, from it on none on the left
         first, rows = max(0, i0 + low), min(i1, middle - low) - i0
         if first < middle and rows > 0:
-            left = middle - first - rows - (low - first + i0)
-            found += [_moved(piece, i0, first) for piece in pieces(rows, middle - first, (max(left, 0), -1), long)]
+            left = middle - low - i0 - rows
+            found += [_moved(piece, i0, first) for piece in pieces(rows, middle - first, (left, -1), long)]
         begin, end = max(i0, middle - high), min(num_k, i1 + high)
         if middle < end and begin < i1:
-            right = high - middle + begin - (end - middle) + i1 - begin
-            found += [_moved(piece, begin, middle) for piece in pieces(i1 - begin, end - middle, (-1, right), long)]
+            found += [_moved(piece, begin, middle) for piece in pieces(i1 - begin, end - middle, (-1, high + i1 - end), long)]
     return found
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ..device import readable, send
+from ..geometry import union
+from ..layout import ranges
 from .base import Case, Grad, Kernel, Scores, Spans, Window
 
 ANY = 1 << 30
@@ -113,7 +115,7 @@ class Triton(Kernel):
         (tiles,) = _tables("rows", spans, window, blocks, q.device)
         programs = len(tiles) * q.shape[0] * q.shape[2]
         if programs:
-            given = _Given(scores, q.device)
+            given = _Given(scores)
             compiled.forward[(programs,)](
                 *(q, k, v, out, lse, tiles, *given.tensors),
                 *(*_strides(q, k, v, out), *lse.stride()[:2], *given.strides),
@@ -127,7 +129,7 @@ class Triton(Kernel):
         from . import triton_kernels as compiled
 
         q, (batch, length, heads, _), heads_k = grad.q, grad.q.shape, k.shape[2]
-        (dq, dk, dv), given, sizes = grad.totals, _Given(scores, q.device), self._sizes(q, v, scores)
+        (dq, dk, dv), given, sizes = grad.totals, _Given(scores), self._sizes(q, v, scores)
         d_bias = grad.d_bias if scores.bias is not None else None
         delta, logs = torch.empty(2, batch, heads, length, dtype=torch.float32, device=q.device)
         if grad.d_lse is not None:
@@ -194,7 +196,7 @@ def interpreted() -> bool:
 class _Given:
     """What the kernels take of `Scores`."""
 
-    def __init__(self, scores: Scores, device: torch.device) -> None:
+    def __init__(self, scores: Scores) -> None:
         alibi, bias = scores.alibi, scores.bias
         dropped = round(scores.dropout * 2**32)
         far = None if alibi is None or scores.q_at is None else scores.q_at
@@ -308,10 +310,10 @@ def key_tiles(spans: Spans, left: int, right: int, block_rows: int, block_keys: 
         ``reach:reach_end`` that can see the tile, the span's keys ``j0:j1``, its alignment, and the blocks of rows, as in
         `row_tiles`.
     """
-    covered = _union(spans[:, 2:])
-    part, first, end = _cut(covered[:, 0], covered[:, 1], block_keys)
-    home = np.searchsorted(covered[:, 0], spans[:, 2], side="right") - 1
-    start, before = covered[home, 0], np.searchsorted(part, home)
+    _, lo, hi = union(np.zeros(len(spans), dtype=np.int64), spans[:, 2], spans[:, 3])
+    part, first, end = _cut(lo, hi, block_keys)
+    home = np.searchsorted(lo, spans[:, 2], side="right") - 1
+    start, before = lo[home], np.searchsorted(part, home)
     tile0, tile1 = before + (spans[:, 2] - start) // block_keys, before + (spans[:, 3] - 1 - start) // block_keys
     which, tile, _ = _cut(tile0, tile1 + 1, 1)
     i0, i1, j0, j1 = spans[which].T
@@ -333,7 +335,7 @@ def _cut(lo: np.ndarray, hi: np.ndarray, step: int) -> tuple[np.ndarray, np.ndar
     """Ranges cut in steps: of each piece the number of its range, its first and its end."""
     counts = -(-(hi - lo) // step)
     which = np.repeat(np.arange(len(lo)), counts)
-    first = lo[which] + (np.arange(len(which)) - (np.cumsum(counts) - counts)[which]) * step
+    first = ranges(lo, counts, step)
     return which, first, np.minimum(first + step, hi[which])
 
 
@@ -342,13 +344,3 @@ def _visits(reach: np.ndarray, reach_end: np.ndarray, whole: np.ndarray, whole_e
     count = np.maximum(0, -(-(reach_end - reach) // step))
     begin = np.clip(-(-(whole - reach) // step), 0, count)
     return [begin, np.clip((whole_end - reach) // step, begin, count), count]
-
-
-def _union(ranges: np.ndarray) -> np.ndarray:
-    """The ranges ``[n, 2]`` that these cover, in order; ranges that touch are one."""
-    ranges = ranges[np.argsort(ranges[:, 0], kind="stable")]
-    ends = np.maximum.accumulate(ranges[:, 1]) if len(ranges) else ranges[:, 1]
-    new = np.ones(len(ranges), dtype=bool)
-    new[1:] = ranges[1:, 0] > ends[:-1]
-    last = np.append(new[1:], True)[: len(ranges)]
-    return np.column_stack([ranges[new, 0], ends[last]])
