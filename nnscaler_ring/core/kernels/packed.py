@@ -145,7 +145,8 @@ class Packing:
 
     def call(self, window: Window, scores: Scores, deterministic: bool = False) -> Call:
         """The call, its boundaries on the device of the queries."""
-        cu_q, cu_k = (None if self.single else bounds(counts, self._like) for counts in (self.num_q, self.num_k))
+        cu_q = None if self.single else bounds(self.num_q, self._like)
+        cu_k = cu_q if self.single or self.num_k == self.num_q else bounds(self.num_k, self._like)
         return Call(
             cu_q=cu_q,
             cu_k=cu_k,
