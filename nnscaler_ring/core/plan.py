@@ -17,7 +17,7 @@ Transports are rows of a table:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
@@ -25,7 +25,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from .chains import chains_of, rows_needed
+from .chains import Chains, chains_of, rows_needed
 from .geometry import coalesce, join, overlaps, trim, turns, union, visible, windows
 from .layout import PACKINGS, Layout
 from .mask import Mask
@@ -33,7 +33,7 @@ from .steps import Calls, Message, RankPlan, Step
 
 
 @dataclass(frozen=True)
-class Transport:
+class Route:
     """How rows travel: neighbour to neighbour or straight, own and received rows in one buffer or not, all rows or those read.
 
     With `grows`, what 1, 2, 4, ... hops bring is read at once.
@@ -45,14 +45,14 @@ class Transport:
     everything: bool = False
 
 
-TRANSPORTS: Mapping[str, Transport] = MappingProxyType(
+TRANSPORTS: Mapping[str, Route] = MappingProxyType(
     {
-        "ring": Transport(relay=True),
-        "grouped_ring": Transport(relay=True, grows=True),
-        "full_ring": Transport(relay=True, everything=True),
-        "all_gather": Transport(joined=True),
-        "halo": Transport(),
-        "broadcast": Transport(joined=True, everything=True),
+        "ring": Route(relay=True),
+        "grouped_ring": Route(relay=True, grows=True),
+        "full_ring": Route(relay=True, everything=True),
+        "all_gather": Route(joined=True),
+        "halo": Route(),
+        "broadcast": Route(joined=True, everything=True),
     }
 )
 
@@ -126,15 +126,15 @@ def rows_sent(mask: Mask, q: Layout, k: Layout, transport: str) -> int:
 # -- straight to the reader: all_gather, halo ---------------------------------------------------------------------------------
 
 
-def _direct(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) -> RankPlan:
+def _direct(mask: Mask, q: Layout, k: Layout, rank: int, route: Route) -> RankPlan:
     mine, part = _of_rank(mask, q, k, rank)
-    reads = _reads(mine[:, [0, 1, 4, 5]], k, transport.everything)
+    reads = _reads(mine[:, [0, 1, 4, 5]], k, route.everything)
     remote = bool((reads[:, 1] != rank).any())
-    joined = transport.joined and remote
+    joined = route.joined and remote
     late = (mine[:, 1] != rank) | joined
     buffer = _buffer(reads if joined else reads[reads[:, 1] != rank], k)
     origin, lo, hi, start = buffer.T
-    wanted = _reads(visible(mask, q, k, origin=rank)[:, [0, 1, 4, 5]], k, transport.everything)
+    wanted = _reads(visible(mask, q, k, origin=rank)[:, [0, 1, 4, 5]], k, route.everything)
     wanted = wanted[(wanted[:, 1] == rank) & ((wanted[:, 0] != rank) | joined)]
     runs = k.row0[k.runs[:, 0] == rank]
     readers = np.unique(wanted[:, 0])
@@ -256,60 +256,111 @@ def _call(window: np.ndarray, spans: np.ndarray, seen: np.ndarray, part: int) ->
 # -- neighbour to neighbour: ring --------------------------------------------------------------------------------------------
 
 
-def _relayed(mask: Mask, q: Layout, k: Layout, rank: int, transport: Transport) -> RankPlan:
-    chains = chains_of(mask, q, k, transport.everything)
-    q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
-    # 1. what arrives at each step, in ascending address, and where in its memory
-    piece, step, before, after = chains.seen_from(rank)
-    origin, row, size = chains.pieces[piece, 0], chains.pieces[piece, 1], chains.pieces[piece, 3] - chains.pieces[piece, 2]
-    order = np.argsort(step, kind="stable")
-    step, before, after, origin, row, size = (x[order] for x in (step, before, after, origin, row, size))
-    bounds = np.searchsorted(step, np.arange(1, chains.steps + 2))
-    total = np.append(0, np.cumsum(size))
-    start = total[:-1] - total[bounds[step - 1]]  # in the buffer of its step
-    sizes = np.diff(total[bounds], prepend=0)
-    groups = _groups(chains.steps, transport.grows)
-    at, room, group_of = (
-        np.zeros(chains.steps + 1, dtype=np.int64),
-        [0] * (chains.steps + 1),
-        np.zeros(chains.steps + 1, dtype=np.int64),
-    )
-    for n, (first, end) in enumerate(groups):
-        at[first:end] = np.cumsum([0, *sizes[first : end - 1]])
-        room[first], group_of[first:end] = int(sizes[first:end].sum()), n + 1
-    # 2. the calls of each memory, in order
-    places = np.column_stack([origin, row, row + size, start + at[step]])
+@dataclass(frozen=True, eq=False)
+class _Arrivals:
+    """Pieces of rows that come to a rank round the ring, ordered by step and address: arrays with an entry a piece.
+
+    Attributes:
+        step: with which it comes, from 1 on.
+        before, after: from which rank, and to which it goes on; -1 for none.
+        origin, row, size: whose it is, its first row there, and rows.
+        start: where it lies in the buffer of its step.
+        bounds: the pieces of step `t` are ``bounds[t - 1]:bounds[t]``.
+    """
+
+    step: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    origin: np.ndarray
+    row: np.ndarray
+    size: np.ndarray
+    start: np.ndarray
+    bounds: np.ndarray
+
+    @classmethod
+    def of(cls, chains: Chains, rank: int) -> _Arrivals:
+        piece, step, before, after = chains.seen_from(rank)
+        order = np.argsort(step, kind="stable")
+        piece, step, before, after = (x[order] for x in (piece, step, before, after))
+        origin, row, lo, hi = chains.pieces[piece].T
+        bounds = np.searchsorted(step, np.arange(1, chains.steps + 2))
+        first = np.cumsum(hi - lo) - (hi - lo)
+        start = first - first[bounds[step - 1]] if len(step) else first
+        return cls(step, before, after, origin, row, hi - lo, start, bounds)
+
+    def sizes(self) -> np.ndarray:
+        """Rows of each step's buffer; step 0 has none."""
+        return np.bincount(self.step, self.size, len(self.bounds)).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Memories:
+    """In which memory the buffer of each step lies, and where: lists with an entry a step.
+
+    Attributes:
+        number: of the memory; 0 is the own shard.
+        at: where the buffer starts in it.
+        room: rows of the memory with its first step, else 0.
+        ends: the memory is full with this step.
+    """
+
+    number: list[int]
+    at: list[int]
+    room: list[int]
+    ends: list[bool]
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], grows: bool) -> _Memories:
+        made = cls([0], [0], [0], [True])
+        for n, (first, end) in enumerate(_groups(len(sizes) - 1, grows)):
+            whole, before = sum(sizes[first:end]), 0
+            for t in range(first, end):
+                made.number.append(n + 1)
+                made.at.append(before)
+                made.room.append(whole if t == first else 0)
+                made.ends.append(t == end - 1)
+                before += sizes[t]
+        return made
+
+
+def _relayed(mask: Mask, q: Layout, k: Layout, rank: int, route: Route) -> RankPlan:
+    chains = chains_of(mask, q, k, route.everything)
+    came = _Arrivals.of(chains, rank)
+    sizes = came.sizes().tolist()
+    memory = _Memories.of(sizes, route.grows)
+    number = np.array(memory.number)[came.step]
+    # the calls of each memory, in order
+    places = np.column_stack([came.origin, came.row, came.row + came.size, came.start + np.array(memory.at)[came.step]])
     seen, part = _of_rank(mask, q, k, rank)
-    bands, when, which = _arriving(seen, rank, np.column_stack([places, step]))
-    calls = _calls(bands, group_of[when], part[which], len(groups) + 1, q_rows)
-    holds = [places[group_of[step] == n + 1] for n in range(len(groups))]
-    # 3. the steps
+    bands, when, which = _arriving(seen, rank, np.column_stack([places, came.step]))
+    calls = _calls(bands, np.array(memory.number)[when], part[which], memory.number[-1] + 1, int(q.counts[rank]))
+    # the steps
     mine, first_reader, last_reader = chains.sent_from(rank)
-    own = chains.pieces[mine, 1]
-    own_end, back = own + chains.pieces[mine, 3] - chains.pieces[mine, 2], chains.length[mine]
+    own, back = chains.pieces[mine, 1], chains.length[mine]
+    own_end = own + chains.pieces[mine, 3] - chains.pieces[mine, 2]
+    k_rows = int(k.counts[rank])
     steps = [Step(k_rows, calls=calls[0], holds=np.array([[rank, 0, k_rows, 0]]))]
     send = _messages(first_reader, own, own_end)
-    ends = {end - 1 for _, end in groups}
     for t in range(1, chains.steps + 1):
-        here = slice(bounds[t - 1], bounds[t])
-        lo, hi = start[here], start[here] + size[here]
-        goes_on, returns = after[here] >= 0, back == t
+        here, returns = slice(came.bounds[t - 1], came.bounds[t]), back == t
+        lo, hi = came.start[here], came.start[here] + came.size[here]
+        goes_on = came.after[here] >= 0
         steps.append(
             Step(
-                int(sizes[t]),
+                sizes[t],
                 send=send,
-                receive=_messages(before[here], lo, hi),
-                at=int(at[t]),
-                room=room[t],
-                ends=t in ends,
-                calls=calls[group_of[t]] if t in ends else (),
-                holds=holds[group_of[t] - 1],
-                home_send=_messages(origin[here][~goes_on], lo[~goes_on], hi[~goes_on]),
+                receive=_messages(came.before[here], lo, hi),
+                at=memory.at[t],
+                room=memory.room[t],
+                ends=memory.ends[t],
+                calls=calls[memory.number[t]] if memory.ends[t] else (),
+                holds=places[slice(*np.searchsorted(number, (memory.number[t], memory.number[t] + 1)))],
+                home_send=_messages(came.origin[here][~goes_on], lo[~goes_on], hi[~goes_on]),
                 home_receive=_messages(last_reader[returns], own[returns], own_end[returns]),
             )
         )
-        send = _messages(after[here][goes_on], lo[goes_on], hi[goes_on])
-    return RankPlan(rank, q.world_size, q_rows, k_rows, tuple(steps))
+        send = _messages(came.after[here][goes_on], lo[goes_on], hi[goes_on])
+    return RankPlan(rank, q.world_size, int(q.counts[rank]), k_rows, tuple(steps))
 
 
 def _arriving(bands: np.ndarray, rank: int, arrivals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -346,6 +397,6 @@ def _groups(last: int, grows: bool) -> list[tuple[int, int]]:
     return list(pairwise([*firsts, last + 1]))
 
 
-def plans(mask: Mask, q: Layout, k: Layout, transport: str) -> Iterable[RankPlan]:
+def plans(mask: Mask, q: Layout, k: Layout, transport: str) -> list[RankPlan]:
     """The plans of all ranks."""
     return [plan(mask, q, k, transport, rank) for rank in range(q.world_size)]
