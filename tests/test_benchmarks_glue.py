@@ -25,9 +25,9 @@ def test_the_limits(mask: str, layout: str) -> None:
 
 
 def test_rows_in_many_intervals_take_few_launches() -> None:
-    """46 documents, each cut over 8 ranks: row by row, not interval by interval, of which there are 90. 22 are boundaries sent."""
+    """46 documents, each cut over 8 ranks: row by row, not interval by interval, of which there are 90. Half are tables sent."""
     forward, backward = count("packed mix", "zigzag-per-document", "ring").launches
-    assert forward <= 50 and backward <= 130
+    assert forward <= 55 and backward <= 135
 
 
 def test_one_rank_moves_nothing() -> None:

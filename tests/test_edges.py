@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import nnscaler_ring as nr
 from nnscaler_ring.core import engine
 from nnscaler_ring.core.call import Options, attend
-from nnscaler_ring.core.device import on_device
+from nnscaler_ring.core.device import on_device, take
 from nnscaler_ring.core.kernels import Case, Grad, choose
 from nnscaler_ring.core.kernels.aten import AtenCpu
 from nnscaler_ring.core.kernels.packed import Packing, bounds
@@ -32,7 +32,7 @@ from nnscaler_ring.core.relayout import _relayout, gather, relayout
 from nnscaler_ring.core.steps import Message
 from nnscaler_ring.core.sums import Sum
 from nnscaler_ring.core.transport import LocalTransport, transport_of
-from nnscaler_ring.core.walk import KV, KVSums, put, take
+from nnscaler_ring.core.walk import KV, KVSums, put
 from tests import oracle
 from tests.interpreter import skip_without_triton
 from tests.worlds import no_faults, refusal, told

@@ -1,10 +1,15 @@
-"""Tables that are made on the host and read on a device, and those of a device that the host reads."""
+"""Tables that are made on the host and read on a device, and those of a device that the host reads; rows that a table names."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .layout import ranges
+
+MANY = 8
+"""Intervals of rows from which they are read and written by an index, not one by one."""
 
 _OF_GRAPHS: list[Tensor] = []
 """Tables that CUDA graphs read again from the host whenever they run."""
@@ -42,3 +47,16 @@ def on_host(table: Tensor) -> Tensor:
     if captures(table.device):
         raise ValueError("a table of integers (cu_seqlens) on the GPU while a CUDA graph is captured: pass it on the CPU")
     return table.detach().to("cpu", torch.int64)
+
+
+def index_of(rows: np.ndarray, device: torch.device) -> Tensor:
+    """The rows of some intervals ``[n, 2]`` one by one."""
+    return on_device(ranges(rows[:, 0], rows[:, 1] - rows[:, 0]), device)
+
+
+def take(x: Tensor, rows: np.ndarray, dim: int = 0, index: Tensor | None = None) -> Tensor:
+    """The rows of some intervals ``[n, 2]`` end to end, by their `index` if that is there: a view where it is one interval."""
+    if len(rows) > MANY or index is not None:
+        return x.index_select(dim, index_of(rows, x.device) if index is None else index)
+    parts = [x.narrow(dim, lo, hi - lo) for lo, hi in rows.tolist()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .device import on_device
+from .device import on_device, take
 from .geometry import coalesce
 from .held import exact_dtype
 from .layout import PACKINGS, Layout
 from .transport import Exchange, Wait
-from .walk import put, room, take
+from .walk import put, room
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .device import on_device
+from .device import MANY, on_device
 from .geometry import turns
 from .layout import ranges
 
 Part = tuple[Tensor, ...]
 """Tensors ``[B, n, ...]`` about the same rows."""
-
-MANY = 8
-"""Pieces from which rows are put together by a table, in one launch, not piece by piece."""
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

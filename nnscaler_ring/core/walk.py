@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .device import on_device
+from .device import MANY, index_of, take
 from .held import exact_dtype
-from .layout import ranges
 from .steps import Message, RankPlan, Step
 from .sums import Sum
 from .transport import Exchange, Wait, Walk
@@ -105,7 +104,7 @@ class KVSums:
 
     def add(self, rows: np.ndarray, part: KV) -> None:
         """Packed rows, end to end, for those of some intervals."""
-        at = _index(rows, part.data.device) if len(rows) > MANY else None
+        at = index_of(rows, part.data.device) if len(rows) > MANY else None
         for total, piece in zip((*self.k, self.v), (*part.k.chunk(len(self.k), -1), part.v), strict=True):
             if at is None:
                 total.add(rows, piece)
@@ -120,18 +119,6 @@ class KVSums:
         return self.rows.part(step)
 
 
-MANY = 8
-"""Intervals from which their rows are taken and put by an index, not one by one."""
-
-
-def take(data: Tensor, rows: np.ndarray) -> Tensor:
-    """The rows of some intervals, contiguous: a view where it is one interval."""
-    if len(rows) > MANY:
-        return data.index_select(0, _index(rows, data.device))
-    parts = [data[lo:hi] for lo, hi in rows.tolist()]
-    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else data[:0]
-
-
 def room(data: Tensor, rows: np.ndarray) -> Tensor:
     """Where the rows of some intervals are received: right there if it is one interval, else `put` stores them."""
     return data[slice(*rows[0])] if len(rows) == 1 else data.new_empty(int((rows[:, 1] - rows[:, 0]).sum()), *data.shape[1:])
@@ -140,17 +127,12 @@ def room(data: Tensor, rows: np.ndarray) -> Tensor:
 def put(data: Tensor, rows: np.ndarray, part: Tensor) -> None:
     """Store rows at some intervals."""
     if len(rows) > MANY:
-        data.index_copy_(0, _index(rows, data.device), part)
+        data.index_copy_(0, index_of(rows, data.device), part)
         return
     start = 0
     for lo, hi in rows.tolist():
         data[lo:hi].copy_(part[start : start + hi - lo])
         start += hi - lo
-
-
-def _index(rows: np.ndarray, device: torch.device) -> Tensor:
-    """The rows of some intervals one by one."""
-    return on_device(ranges(rows[:, 0], rows[:, 1] - rows[:, 0]), device)
 
 
 def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None, wire: torch.dtype | None) -> Walk:

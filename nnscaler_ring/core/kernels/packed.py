@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..device import on_device, readable, send
+from ..device import MANY, index_of, on_device, readable, send, take
 from ..geometry import coalesce
 from ..sums import Sum
 from .base import Grad, Kernel, Scores, Spans, Window
@@ -140,6 +140,7 @@ class Packing:
 
     def __init__(self, spans: Spans, q: Tensor) -> None:
         self.spans, self.single, self._like = spans, len(spans) == 1, q
+        self._sent: dict[int, Tensor] = {}
         self.num_q = tuple((spans[:, 1] - spans[:, 0]).tolist()) * q.shape[0]
         self.num_k = tuple((spans[:, 3] - spans[:, 2]).tolist()) * q.shape[0]
 
@@ -160,26 +161,29 @@ class Packing:
 
     def rows(self, x: Tensor) -> Tensor:
         """The spans' query rows of ``[B, L, ...]``."""
-        return _aligned(self._take(x, self.spans[:, :2]))
+        return _aligned(self._take(x, 0))
 
     def keys(self, x: Tensor) -> Tensor:
         """The spans' key rows of ``[B, M, ...]``."""
-        return _aligned(self._take(x, self.spans[:, 2:]))
+        return _aligned(self._take(x, 2))
 
     def columns(self, x: Tensor) -> Tensor:
         """The spans' query rows of ``[B, H, L]``, as `attend` returns the lse, contiguous."""
-        taken = self._take(x.transpose(1, 2), self.spans[:, :2])
+        taken = self._take(x.transpose(1, 2), 0)
         return (taken.transpose(1, 2) if self.single else taken.T).contiguous()
 
     def apart(self, x: Tensor, batch: int) -> Tensor:
         """The rows of a result as ``[B, rows, ...]``."""
         return x if self.single else x.unflatten(0, (batch, -1))
 
-    def _take(self, x: Tensor, at: Spans) -> Tensor:
+    def _take(self, x: Tensor, side: int) -> Tensor:
+        """The rows at which two columns of the spans begin and end; what names them is sent once."""
+        rows = coalesce(self.spans[:, side : side + 2])
         if self.single:
-            return x[:, slice(*at[0])]
-        parts = [x[:, lo:hi] for lo, hi in coalesce(at).tolist()]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1)
+            return x[:, slice(*rows[0])]
+        if len(rows) > MANY and side not in self._sent:
+            self._sent[side] = index_of(rows, x.device)
+        return take(x, rows, 1, self._sent.get(side)).flatten(0, 1)
 
     def add(self, total: Sum, part: Tensor, at: Spans) -> None:
         """Add a gradient of the spans' rows; spans may share keys."""
