@@ -151,9 +151,11 @@ def coalesce(intervals: np.ndarray) -> np.ndarray:
     """Ordered disjoint ``[n, 2]`` intervals with those that touch made one."""
     if len(intervals) < 2:
         return intervals
-    first = np.flatnonzero(np.concatenate([[True], intervals[1:, 0] != intervals[:-1, 1]]))
-    last = np.concatenate([first[1:], [len(intervals)]]) - 1
-    return np.column_stack([intervals[first, 0], intervals[last, 1]])
+    last = np.flatnonzero(intervals[1:, 0] != intervals[:-1, 1])  # but for the very last
+    joined = np.empty((len(last) + 1, 2), dtype=intervals.dtype)
+    joined[0, 0], joined[1:, 0] = intervals[0, 0], intervals[last + 1, 0]
+    joined[:-1, 1], joined[-1, 1] = intervals[last, 1], intervals[-1, 1]
+    return joined
 
 
 def turns(intervals: np.ndarray) -> np.ndarray:

@@ -130,16 +130,17 @@ class Packed(Kernel):
             read = (packing.rows(d_out), packing.rows(q), packing.keys(k), packing.keys(v), packing.rows(out))
             d_lse = None if grad.d_lse is None else packing.columns(grad.d_lse)
             dq, dk, dv = self.gradients(call, Read(*read, packing.columns(grad.lse), d_lse))
-            packing.add(grad.dq, dq, group[:, :2])
-            packing.add(grad.dk, dk, group[:, 2:])
-            packing.add(grad.dv, dv, group[:, 2:])
+            packing.add(grad.dq, dq, 0)
+            packing.add(grad.dk, dk, 1)
+            packing.add(grad.dv, dv, 1)
 
 
 class Packing:
     """Where the rows of spans lie in one call."""
 
     def __init__(self, spans: Spans, q: Tensor) -> None:
-        self.spans, self.single, self._like = spans, len(spans) == 1, q
+        self.single, self._like = len(spans) == 1, q
+        self._sides = coalesce(spans[:, :2]), coalesce(spans[:, 2:])
         self._sent: dict[int, Tensor] = {}
         self.num_q = tuple((spans[:, 1] - spans[:, 0]).tolist()) * q.shape[0]
         self.num_k = tuple((spans[:, 3] - spans[:, 2]).tolist()) * q.shape[0]
@@ -165,7 +166,7 @@ class Packing:
 
     def keys(self, x: Tensor) -> Tensor:
         """The spans' key rows of ``[B, M, ...]``."""
-        return _aligned(self._take(x, 2))
+        return _aligned(self._take(x, 1))
 
     def columns(self, x: Tensor) -> Tensor:
         """The spans' query rows of ``[B, H, L]``, as `attend` returns the lse, contiguous."""
@@ -177,17 +178,17 @@ class Packing:
         return x if self.single else x.unflatten(0, (batch, -1))
 
     def _take(self, x: Tensor, side: int) -> Tensor:
-        """The rows at which two columns of the spans begin and end; what names them is sent once."""
-        rows = coalesce(self.spans[:, side : side + 2])
+        """The rows that spans have of queries, 0, or of keys, 1; what names them is sent once."""
+        rows = self._sides[side]
         if self.single:
             return x[:, slice(*rows[0])]
         if len(rows) > MANY and side not in self._sent:
             self._sent[side] = index_of(rows, x.device)
         return take(x, rows, 1, self._sent.get(side)).flatten(0, 1)
 
-    def add(self, total: Sum, part: Tensor, at: Spans) -> None:
-        """Add a gradient of the spans' rows; spans may share keys."""
-        total.add(coalesce(at), self.apart(part, total.like.shape[0])[..., : total.like.shape[-1]])
+    def add(self, total: Sum, part: Tensor, side: int) -> None:
+        """Add a gradient of the spans' rows of queries, 0, or of keys, 1, which spans may share."""
+        total.add(self._sides[side], self.apart(part, total.like.shape[0])[..., : total.like.shape[-1]])
 
 
 def bounds(counts: Sequence[int], like: Tensor) -> Tensor:
