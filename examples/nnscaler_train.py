@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 2 examples/nnscaler_train.py --policy autodist                # nnscaler measures and chooses
 
 `plan_ngpus` devices share one row; where there are more, each group of that many takes a row of its own and the gradients are
-summed. ``use_zero=1`` spreads the optimizer's state over the groups. nnscaler is installed beside this package, see README.md.
+summed. ``use_zero=1`` spreads the optimizer's state over the groups. docs/nnscaler.md says how nnscaler is installed.
 """
 
 from __future__ import annotations

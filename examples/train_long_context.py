@@ -30,7 +30,7 @@ from tqdm import tqdm
 from long_context.data import Batch, packed_rows
 from long_context.engines import Step, build_dtensor_step, build_single_device_step
 from long_context.model import Attention
-from long_context.report import TOLERANCE, History, differences, save_picture
+from long_context.report import TOLERANCE, History, differences, save_picture, shares
 from long_context.variants import VARIANTS
 from nnscaler_ring.annotations.runtime import INSTALL_HINT
 
@@ -157,6 +157,9 @@ def report(options: argparse.Namespace, sharded: History, single: History) -> No
     first = next(packed_rows(options.seq_len)).cu_seqlens.numpy()
     save_picture(path, title, sharded, single, VARIANTS[options.variant], first, options.window_size, world_size)
     print(f"picture: {os.path.relpath(path)}")
+    most = shares(VARIANTS[options.variant], first, options.window_size, world_size).max()
+    print(f"the busiest rank has {most:.1%} of the pairs of the first row: zigzag and stripe are even over one sequence, not over")
+    print('packed documents as here; for these there is ContextParallel(layout="balanced"), see docs/choosing.md')
     loss = differences(sharded, single, "loss").max()
     grad_norm = differences(sharded, single, "grad_norm").max()
     print(f"engine: {options.engine}")

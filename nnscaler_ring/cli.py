@@ -49,8 +49,12 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; SystemExit with code 2 and one line on stderr where it is wrong."""
-    options = _parser().parse_args(argv)
+    """Run the command line; SystemExit with code 2 and one line on stderr where it is wrong; help where it is empty."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.run is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         options.run(options)
         sys.stdout.flush()
@@ -85,7 +89,7 @@ class _Completion(argparse.Action):
     """Print the completion of a shell and exit."""
 
     def __call__(self, parser: Any, space: Any, values: Any, option: str | None = None) -> None:
-        shtab = _library(parser, option or "", "shtab", "cli")
+        shtab = _library(parser, option or "", "shtab")
         (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         for action in (action for command in commands.choices.values() for action in command._actions):
             action.choices = action.choices or getattr(action.type, "known", None)
@@ -95,12 +99,12 @@ class _Completion(argparse.Action):
         parser.exit()
 
 
-def _library(parser: argparse.ArgumentParser, option: str, name: str, extra: str) -> Any:
-    """An optional library, or an error that names the extra that has it."""
+def _library(parser: argparse.ArgumentParser, option: str, name: str) -> Any:
+    """An optional library, or an error that says how to install it."""
     try:
         return import_module(name)
     except ImportError:
-        parser.error(f"{option} needs {name}: pip install 'nnscaler-ring[{extra}]'")
+        parser.error(f"{option} needs {name}: pip install {name}")
 
 
 @dataclass(frozen=True)
@@ -133,29 +137,33 @@ class _Each:
 
 
 MOST = 1 << 40
-"""The largest number of tokens, heads or ranks that is taken."""
+"""The largest number of an option."""
+
+LONGEST = 1 << 30
+"""The most tokens of a row: a count of its pairs fits into an int64 on the way, too."""
 
 
-def _count(text: str) -> int:
-    """A number, where k is 1024 and m 1024 k."""
-    found = re.fullmatch(r"(\d+)([km]?)", text.strip().lower().replace("_", ""))
+def _count(text: str, least: int = 0, allowed: str = "at least 0") -> int:
+    """A number of at least `least`, where k is 1024 and m 1024 k."""
+    found = re.fullmatch(r"(-?\d+)([km]?)", text.strip().lower().replace("_", ""))
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number: write it as 65536, 64k or 1m")
     number = int(found[1]) << {"": 0, "k": 10, "m": 20}[found[2]]
     if number > MOST:
         raise argparse.ArgumentTypeError(f"{text} is too large: at most {MOST:,}")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text} is too few: give {allowed}")
     return number
 
 
 def _some(text: str) -> int:
     """A number of at least 1, as `_count`."""
-    if (number := _count(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is too few: give at least 1")
-    return number
+    return _count(text, 1, "at least 1")
 
 
 def _side(text: str) -> int:
-    return -1 if text.strip() == "-1" else _count(text)
+    """A side of a window."""
+    return _count(text, -1, "tokens, 0 or more, or -1 for no limit")
 
 
 def _several(
@@ -169,7 +177,8 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"nnscaler-ring {__version__}")
     shells = ("bash", "zsh", "tcsh")
     parser.add_argument("--print-completion", choices=shells, action=_Completion, help="print a shell's completion (needs shtab)")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     about = "Count and model configurations: all combinations of the values of options marked with *, by spaces or commas."
     added = commands.add_parser(
         "plan", help="balance, bytes, calls and modelled time of configurations", description=about, epilog=EXAMPLES
@@ -235,7 +244,7 @@ def _add_shape(group: argparse._ArgumentGroup) -> None:
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rank", type=_count, metavar="R", help="print this rank's plan, and draw its timeline")
-    group.add_argument("--tiles", action="store_true", help=f"balance of 128 x 128 tiles too, up to {rows.FEW} ranks")
+    group.add_argument("--tiles", action="store_true", help=f"show the balance of 128 x 128 tiles too, up to {rows.FEW} ranks")
     group.add_argument("--json", action="store_true", help="print JSON: bytes, and seconds")
     kinds = ", ".join(pictures.SUFFIXES)
     told = f"draw up to {pictures.MOST} configurations ({kinds}; needs matplotlib)"
@@ -267,7 +276,6 @@ def _plan(options: argparse.Namespace) -> None:
     except (ValueError, OSError) as wrong:
         options.parser.error(str(wrong))
     made = list(_rows(options, masks, shape))
-    evenness = [row.tiles() for row in made] if options.tiles else []
     if options.plot:
         try:
             columns = [row.column(options.rank) for row in made if row.network == options.network[0]]
@@ -277,13 +285,12 @@ def _plan(options: argparse.Namespace) -> None:
     if options.json:
         shown = [row.as_dict() for row in made]
         for n, row in enumerate(made):
-            shown[n] |= evenness[n] if evenness else {}
             shown[n] |= {"plan": rows.plan_dict(row.plan(options.rank))} if options.rank is not None else {}
         asked = {"mask": _words(options), "documents": 0 if options.cu is None else len(options.cu) - 1, "shape": asdict(shape)}
         print(json.dumps({"version": __version__, **asked, "rows": shown}, indent=2))
         return
     print(f"{_words(options)}\n{_machine(options, shape)}\n")
-    print(rows.table(made, [each["tiles_balance"] for each in evenness]))
+    print(rows.table(made, tiles=options.tiles))
     distinct = {row.key: row for row in made}
     for row in distinct.values() if options.rank is not None else ():
         print(f"\n{row.title}\n{row.plan(options.rank)}")
@@ -328,8 +335,8 @@ def _numbers(name: str) -> list[int]:
         numbers = [None]
     if not all(type(number) is int for number in numbers):
         raise ValueError(f"{name}: not a list of whole numbers, as [3, 5] or 3 5")
-    if not numbers or max(map(abs, numbers)) > MOST:
-        raise ValueError(f"{name}: {f'a number above {MOST:,}' if numbers else 'no numbers'} in it")
+    if not numbers or max(map(abs, numbers)) > LONGEST:
+        raise ValueError(f"{name}: {f'a number above {LONGEST:,}' if numbers else 'no numbers'} in it")
     return numbers
 
 
@@ -342,6 +349,8 @@ def _mask(options: argparse.Namespace, world: int) -> Mask:
             flag = "--seq-per-rank" if options.seq_per_rank else "--seq-len"
             raise ValueError(f"the documents have {total:,} tokens together, {flag} says {length:,}: leave it out, or fill the row")
         length = total
+    if length is not None and length > LONGEST:
+        raise ValueError(f"{length:,} tokens in all are too many: at most {LONGEST:,} ({pictures.tokens(LONGEST)})")
     if not length:
         raise ValueError("no tokens: give --seq-len, --seq-per-rank, or documents by --docs, --lengths or --cu-seqlens")
     causal, window = options.mask == "causal", options.window
@@ -354,6 +363,10 @@ def _mask(options: argparse.Namespace, world: int) -> Mask:
         raise ValueError("--sinks are seen from beyond a window: give --window LEFT")
     if options.prefix and right < 0:
         raise ValueError("--prefix is of a causal mask, or of --window LEFT RIGHT: without a limit every token sees it")
+    longest = length if options.cu is None else int(np.diff(options.cu).max())
+    if options.prefix > longest:
+        what = "the sequence" if options.cu is None else "the longest document"
+        raise ValueError(f"--prefix {options.prefix:,}: {what} has {longest:,} tokens")
     return build(length, causal=causal, window=(left, right), sinks=options.sinks, prefix=options.prefix, cu_seqlens_q=options.cu)
 
 
@@ -401,7 +414,7 @@ def _check_plot(options: argparse.Namespace) -> None:
     count = len(options.world_size) * len(options.layout) * len(_ways(options))
     if count > pictures.MOST:
         raise ValueError(f"--plot draws up to {pictures.MOST} configurations, not {count}")
-    _library(options.parser, "--plot", "matplotlib", "plot")
+    _library(options.parser, "--plot", "matplotlib")
 
 
 def _ways(options: argparse.Namespace) -> list[tuple[int, str]]:

@@ -8,8 +8,6 @@ Legend: `T` packed tokens, `Hq`/`Hk` heads, `D`/`Dv` head dims, `V` classes.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,10 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from .annotations import nnscaler
 from .annotations.spec import SPECS
 from .core.call import Group, Options, Rows, check_qkv, group_name, out_and_lse
+from .core.kernels.transformer_engine import PACKAGE as transformer_engine
 from .core.recipe import Recipe
 from .core.relayout import relayout
 from .ops import (
@@ -274,11 +274,9 @@ def zigzag_attention(
 
 # -- Transformer Engine ----------------------------------------------------------------------------------------------------------
 
-_TE_REQUIRED = (2, 2, 0)
-
 
 def get_transformer_engine_info() -> dict[str, Any]:
-    """Whether Transformer Engine is installed and new enough; read from its metadata, without importing it.
+    """Whether Transformer Engine is installed and new enough for the kernel of that name; it is not imported.
 
     Returns:
         ``has_transformer_engine``, ``version_ok``, ``has_cp_function``, ``env_enable_cp``, ``version``, ``required_version``.
@@ -288,19 +286,14 @@ def get_transformer_engine_info() -> dict[str, Any]:
         >>> get_transformer_engine_info()["required_version"]
         '2.2.0+'
     """
-    found = importlib.util.find_spec("transformer_engine") is not None
-    try:
-        version = importlib.metadata.version("transformer_engine") if found else None
-    except importlib.metadata.PackageNotFoundError:
-        version = None
-    numbers = tuple(int(part) for part in (version or "0").split("+")[0].split(".")[:3] if part.isdecimal())
+    version = transformer_engine.version
     return {
-        "has_transformer_engine": found,
-        "version_ok": numbers >= _TE_REQUIRED,
+        "has_transformer_engine": bool(version),
+        "version_ok": bool(version and TorchVersion(version) >= transformer_engine.minimum),
         "has_cp_function": False,
         "env_enable_cp": False,
-        "version": version,
-        "required_version": "2.2.0+",
+        "version": version or None,
+        "required_version": f"{transformer_engine.minimum}+",
     }
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from .core.cost import tiles
 from .core.heads import deal, teams
 from .core.layout import Layout
 from .core.mask import Mask
@@ -87,11 +86,6 @@ class Row:
         shares = deal(self.shape.heads, self.shape.heads_k, self.made.inner)
         return np.outer(work, [(s.q[1] - s.q[0]) / self.shape.heads for s in shares]).ravel()
 
-    def tiles(self) -> dict[str, float]:
-        """The most tiles of a rank, and over the mean."""
-        work = self.per_rank(np.array([tiles(self.team_plan(team)) for team in range(self.teams.world_size)]))
-        return {"tiles": float(work.max()), "tiles_balance": float(work.max() / max(work.mean(), 1e-9))}
-
     def as_dict(self) -> dict[str, Any]:
         """What JSON has of it: the report's fields, and what they tell."""
         made = self.made
@@ -158,14 +152,14 @@ def plan_dict(walk: RankPlan) -> dict[str, Any]:
     return {**{name: getattr(walk, name) for name in counted}, "steps": steps}
 
 
-def table(rows: Sequence[Row], evenness: Sequence[float] = ()) -> str:
+def table(rows: Sequence[Row], tiles: bool = False) -> str:
     """The rows for people; what the row above says of the same configuration is left out.
 
     Args:
         rows: at least one.
-        evenness: of each row the most tiles of a rank over the mean, or nothing.
+        tiles: also the balance of tiles; of up to `FEW` ranks.
     """
-    lines = [_cells(row, *evenness[n : n + 1]) for n, row in enumerate(rows)]
+    lines = [_cells(row, tiles) for row in rows]
     said = {name: {line[n][1] for line in lines} for n, (name, _) in enumerate(lines[0])}
     unsaid = ["tokens"] * (len(said["tokens"]) == 1) + ["team"] * (said["team"] == {""})
     kept = [n for n, (name, _) in enumerate(lines[0]) if name not in unsaid]
@@ -179,7 +173,7 @@ def table(rows: Sequence[Row], evenness: Sequence[float] = ()) -> str:
     return "\n".join("  ".join(f(c, w) for f, c, w in zip(pad, cells, widths, strict=True)).rstrip() for cells in [header, *body])
 
 
-def _cells(row: Row, *evenness: float) -> list[tuple[str, str]]:
+def _cells(row: Row, tiles: bool) -> list[tuple[str, str]]:
     """The columns of a row and what they say; the last four depend on the network."""
     made, world = row.made, row.made.world_size
     return [
@@ -189,7 +183,7 @@ def _cells(row: Row, *evenness: float) -> list[tuple[str, str]]:
         ("layout", row.layout),
         ("transport", row.way),
         ("balance", f"{made.balance:.3f}"),
-        *(("tiles", f"{value:.3f}") for value in evenness),
+        *([("tiles", f"{made.tile_balance:.3f}")] if tiles else []),
         ("sent", size(made.sent)),
         ("a rank", size(made.sent / world)),
         ("/needed", f"{made.sent / made.needed:.2f}" if made.needed else "-"),

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import packings
-from nnscaler_ring import __version__, pictures
+from nnscaler_ring import __version__, cli, pictures
 from nnscaler_ring.cli import EXAMPLES, main
 from nnscaler_ring.core import layouts, mask, scaling
 from nnscaler_ring.core.cost import tiles
@@ -184,12 +184,16 @@ def test_rank(run):
 def test_tiles(run):
     held = layouts.build("contiguous", 4096, 4)
     each = [tiles(walk) for walk in plans(CAUSAL, held, held, "ring")]
-    words = "plan --seq-len 4k --world-size 4 --layout contiguous --network 400g --tiles --json"
-    (row,) = run(f"{words} --transport ring")["rows"]
-    assert (row["tiles"], row["tiles_balance"]) == (max(each), max(each) / np.mean(each))
-    (row,) = run(f"{words} --transport ring --inner 2")["rows"]
+    words = "plan --seq-len 4k --world-size 4 --layout contiguous --network 400g --transport ring"
+    (row,) = run(f"{words} --json")["rows"]
+    assert row["tile_balance"] == pytest.approx(max(each) / np.mean(each))
+    (row,) = run(f"{words} --inner 2 --json")["rows"]
     outer = teams(held, 2)
-    assert row["tiles"] == max(tiles(walk) for walk in plans(CAUSAL, outer, outer, "ring")) / 2  # half of the heads
+    each = [tiles(walk) for walk in plans(CAUSAL, outer, outer, "ring")]
+    assert row["tile_balance"] == pytest.approx(max(each) / np.mean(each))  # each rank has half of the heads
+    plain, shown = (run(f"{words} {more}").splitlines()[3:] for more in ("", "--tiles"))
+    assert "tiles" not in plain[0] and shown[0].split().index("tiles") == 4
+    assert f"  {row['tile_balance']:.3f}  " in run(f"{words} --inner 2 --tiles").splitlines()[-1]
 
 
 def test_documents_of_files(run, tmp_path, monkeypatch):
@@ -206,13 +210,19 @@ def test_documents_of_files(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("", "arguments are required: COMMAND"),
         ("plot", "invalid choice: 'plot'"),
         ("plan", "give --seq-len, --seq-per-rank, or documents"),
         ("plan --seq-len 4k --seq-per-rank 4", "not allowed with argument --seq-len"),
         ("plan --seq-len lots", "'lots' is not a number: write it as 65536, 64k or 1m"),
         ("plan --seq-len 0", "at least 1"),
         ("plan --seq-le 64", "unrecognized arguments"),
+        ("plan --seq-len -5", "argument --seq-len: -5 is too few: give at least 1"),
+        ("plan --seq-len 64 --sinks -1 --window 8", "argument --sinks: -1 is too few: give at least 0"),
+        ("plan --seq-len 64 --window -2", "argument --window: -2 is too few: give tokens, 0 or more, or -1 for no limit"),
+        ("plan --seq-len 1025m", "1,074,790,400 tokens in all are too many: at most 1,073,741,824 (1,024m)"),
+        ("plan --seq-per-rank 512m --world-size 2,4", "2,147,483,648 tokens in all are too many"),
+        ("plan --docs 1024m,1", "1,073,741,825 tokens in all are too many"),
+        ("plan --seq-len 1048577m", "1048577m is too large: at most 1,099,511,627,776"),
         ("plan --seq-len 64 --world-size 0", "argument --world-size: 0 is too few"),
         ("plan --seq-len 64 --world-size ,", "says nothing"),
         ("plan --seq-len 64 --layout zigzg", "unknown layout 'zigzg': choose one of contiguous, zigzag, stripe"),
@@ -232,6 +242,8 @@ def test_documents_of_files(run, tmp_path, monkeypatch):
         ("plan --seq-len 64 --window 8 8", "a causal mask has no RIGHT"),
         ("plan --seq-len 64 --sinks 4", "give --window LEFT"),
         ("plan --seq-len 64 --mask full --prefix 4", "--prefix is of a causal mask"),
+        ("plan --seq-len 64 --prefix 65", "--prefix 65: the sequence has 64 tokens"),
+        ("plan --docs 20,44 --prefix 45", "--prefix 45: the longest document has 44 tokens"),
         ("plan --seq-len 64 --heads 12", "--heads 12 is no multiple of --heads-k 8"),
         ("plan --seq-len 64 --inner 3", "--heads-per-team 3 does not divide --world-size 8"),
         ("plan --seq-len 64 --inner 2 --transport all_to_all", "leave out --heads-per-team"),
@@ -249,6 +261,27 @@ def test_errors(fails, monkeypatch, words, said):
     monkeypatch.chdir(ROOT)
     line = fails(words)
     assert re.match(r"nnscaler-ring( plan| kernels)?: error: ", line) and said in line
+
+
+def test_nothing_asked_for(capsys):
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: nnscaler-ring") and EXAMPLES in err
+
+
+def test_longest_row(run):
+    """All counts are right up to the longest row that is taken, whatever the mask."""
+    length = cli.LONGEST
+    for words, pairs in (("--mask full", length**2), ("", length * (length + 1) // 2), (f"--prefix {length}", length**2)):
+        (row,) = run(f"plan --seq-len {length} {words} --transport ring --layout contiguous --network 400g --json")["rows"]
+        assert row["pairs"] == pairs and row["efficiency"] == pytest.approx(1 if pairs == length**2 else 8 / 15, rel=1e-3)
+
+
+def test_files_of_too_many_tokens(fails, tmp_path):
+    (tmp_path / "many.txt").write_text(f"{cli.LONGEST + 1}")
+    assert "a number above 1,073,741,824" in fails(f"plan --lengths {tmp_path / 'many.txt'}")
+    (tmp_path / "many.txt").write_text(f"{cli.LONGEST} 1")
+    assert "tokens in all are too many" in fails(f"plan --lengths {tmp_path / 'many.txt'}")
 
 
 def test_negative_length(fails, tmp_path):
@@ -372,7 +405,7 @@ def test_plot_as_svg(run, tmp_path):
 
 def test_plot_without_matplotlib(fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "--plot needs matplotlib: pip install 'nnscaler-ring[plot]'" in fails("plan --seq-len 64 --plot mask.png")
+    assert "--plot needs matplotlib: pip install matplotlib" in fails("plan --seq-len 64 --plot mask.png")
 
 
 # -- what is written about it -----------------------------------------------------------------------------------------------------
@@ -418,7 +451,7 @@ def test_completion(capsys, shell):
 
 def test_completion_without_shtab(fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert "--print-completion needs shtab: pip install 'nnscaler-ring[cli]'" in fails("--print-completion bash")
+    assert "--print-completion needs shtab: pip install shtab" in fails("--print-completion bash")
 
 
 def test_as_a_module():

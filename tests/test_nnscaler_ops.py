@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 import traceback
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,22 @@ def test_shuffles_and_status_on_one_device(capsys: pytest.CaptureFixture[str]) -
         plugin.wrap_maybe_shuffle(rows, cu, enable_ring=False)
     plugin.print_transformer_engine_status()
     assert "required_version: 2.2.0+" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "version, good",
+    [("", False), ("2.1.9", False), ("2.2rc1", False), ("2.2", True), ("2.2.0+cu12", True), ("2.3rc1", True), ("2.10.0", True)],
+)
+def test_versions_of_transformer_engine(version: str, good: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def installed(name: str) -> str:
+        if not version:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", installed)
+    found = plugin.get_transformer_engine_info()
+    named = found["has_transformer_engine"], found["version_ok"], found["version"]
+    assert named == (bool(version), good, version or None)
 
 
 # -- every cut, on two ranks -----------------------------------------------------------------------------------------------------

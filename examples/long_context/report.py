@@ -68,6 +68,12 @@ def save_picture(
     figure.savefig(path, dpi=130)
 
 
+def shares(variant: Variant, cu_seqlens: np.ndarray, window_size: int, world_size: int) -> np.ndarray:
+    """Each rank's share of the visible pairs of a row: float64 ``[world_size]``."""
+    work = _visible_keys(variant.mask(cu_seqlens, window_size))
+    return np.bincount(variant.owner(cu_seqlens, world_size), weights=work, minlength=world_size) / work.sum()
+
+
 def _draw_losses(axes: Axes, sharded: History, single: History, world_size: int) -> None:
     steps = np.arange(1, len(single.results) + 1)
     axes.plot(steps, single.series("loss"), color="0.75", linewidth=6, label="one device")
@@ -103,9 +109,7 @@ def _draw_mask(axes: Axes, variant: Variant, cu_seqlens: np.ndarray, window_size
     axes.set_title(f"who computes what, first row, drawn in {CELLS} x {CELLS} cells", fontsize="medium")
     axes.set_xlabel("key (byte of the row)")
     axes.set_ylabel("query (byte of the row)")
-    work = _visible_keys(variant.mask(cu_seqlens, window_size))
-    owner = variant.owner(cu_seqlens, world_size)
-    share = np.bincount(owner, weights=work, minlength=world_size) / work.sum()
+    share = shares(variant, cu_seqlens, window_size, world_size)
     patches = [Patch(color=colours[rank], label=f"rank {rank}: {share[rank]:.1%} of the pairs") for rank in range(world_size)]
     axes.legend(handles=patches, loc="upper right")
 
