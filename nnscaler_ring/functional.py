@@ -319,6 +319,7 @@ def ring_sliding_window_attn_varlen(
     return out
 
 
+@torch.compiler.assume_constant_result
 def _check_group(name: str, size: int | None, rank: int | None, before: int | None, after: int | None) -> None:
     """ValueError unless what a caller says of the group is so."""
     transport = transport_of(name)

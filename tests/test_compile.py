@@ -69,6 +69,10 @@ def calls(group: Any, world_size: int, seq: int) -> dict[str, tuple[Call, bool]]
             lambda q, k, v: nr.zigzag_ring_flash_attn_varlen_func(q, k, v, documents, seq, causal=True, group=group),
             True,
         ),
+        "sliding": (lambda q, k, v: nr.ring_sliding_window_attn(q, k, v, 3, cp_group=group), False),
+        "sliding_varlen": (lambda q, k, v: nr.ring_sliding_window_attn_varlen(q, k, v, 3, cu, group, world_size), True),
+        "streaming": (lambda q, k, v: nr.ring_streaming_llm_attn(q, k, v, 3, cp_group=group), False),
+        "streaming_varlen": (lambda q, k, v: nr.ring_streaming_llm_attn_varlen(q, k, v, 3, cu, group), True),
     }
     for transport in ("auto", "ring", "all_gather", "all_to_all"):
         cp = nr.ContextParallel(group, layout="zigzag", transport=transport)
@@ -78,7 +82,7 @@ def calls(group: Any, world_size: int, seq: int) -> dict[str, tuple[Call, bool]]
 
 OLD = TorchVersion(torch.__version__) < "2.7"
 needs_newer = pytest.mark.skipif(OLD, reason="needs a torch newer than 2.6, whose Dynamo fails on wrap_* ops ('distributed_state')")
-AS_SHARDS = {"ring_flash", "zigzag_varlen"}
+AS_SHARDS = {"ring_flash", "zigzag_varlen", "sliding", "sliding_varlen", "streaming", "streaming_varlen"}
 """Per-rank functions, which 2.6 takes as well."""
 
 
