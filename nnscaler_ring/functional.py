@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .core.call import Options, Result, Rows, attend, check_documents, check_qkv, group_name, host_table
+from .core.call import Options, Result, Rows, attend, check_documents, check_qkv, group_name, host_table, traced
 from .core.mask import NO_LIMIT, Mask, check_cu_seqlens, check_window
 from .core.recipe import Recipe
 from .core.transport import resolve_group, transport_of
@@ -309,7 +309,7 @@ def ring_sliding_window_attn_varlen(
         torch.Size([16, 4, 8])
     """
     name = group_name(cp_group)
-    _check_group(name, cp_size, cp_local_rank, cp_prev_global_rank, cp_next_global_rank)
+    _check_group(name, *map(traced, (cp_size, cp_local_rank, cp_prev_global_rank, cp_next_global_rank)))
     if not isinstance(window_size, Integral) or window_size < 0:
         raise ValueError(f"window_size={window_size}: give the number of earlier keys a query sees, >= 0")
     recipe = Recipe(group=name, transport=transport, kernel=kernel)

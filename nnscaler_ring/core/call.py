@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from . import engine, kernels
 from .agree import asked, check_alike
@@ -210,7 +211,8 @@ def _in_graph(
     own = (recipe.group, recipe.layout, recipe.transport, recipe.kernel, recipe.heads_stride, recipe.batch0, recipe.head0)
     left, right = options.window_size
     seen = (options.causal, left, right, options.sinks, options.prefix, options.deterministic, options.return_attn_probs)
-    text = _text(*own, recipe.reduce_dtype, *seen, float(options.softcap), float(options.dropout_p), options.far)
+    said = (*own, recipe.reduce_dtype, *seen, float(options.softcap), float(options.dropout_p), options.far)
+    text = _text(*map(traced, said))
     return text, (total_q, total_k), (rows.cu_seqlens_q, rows.cu_seqlens_k, None)
 
 
@@ -225,6 +227,14 @@ def whole_lengths(q: Tensor, k: Tensor, group: str, rows: Rows) -> tuple[int, in
 @torch.compiler.assume_constant_result
 def _num_shards(group: str) -> int:
     return 1 if is_local(group) else transport_of(group).world_size
+
+
+def traced(value: Any) -> Any:
+    """A plain argument for a function whose result a graph keeps: one that is a symbol as its value, for which the graph is then.
+
+    Under dynamic shapes every float is a symbol, also a default.
+    """
+    return guard_scalar(value) if torch.compiler.is_compiling() and isinstance(value, (int, float)) else value
 
 
 @torch.compiler.assume_constant_result

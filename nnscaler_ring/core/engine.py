@@ -26,7 +26,7 @@ from .transport import LocalTransport, Transport, transport_of
     "nnscaler_ring::attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? cu_q, Tensor? cu_k, Tensor? slices, Tensor? alibi, Tensor? bias, Tensor? sink, "
-    "SymInt total_q, SymInt total_k, float scale, int seed, str recipe) -> (Tensor, Tensor, Tensor[])",
+    "SymInt total_q, SymInt total_k, float scale, SymInt seed, str recipe) -> (Tensor, Tensor, Tensor[])",
 )
 def attention(
     q: Tensor,
@@ -157,7 +157,7 @@ def _held(recipe: Recipe, transport: Transport, inner: int, rank: int, total: in
 @library.custom_op(
     "nnscaler_ring::attention_backward",
     mutates_args=(),
-    schema="(Tensor[] saved, Tensor? d_lse, Tensor?[] tables, SymInt[] total, float scale, int seed, str recipe, "
+    schema="(Tensor[] saved, Tensor? d_lse, Tensor?[] tables, SymInt[] total, float scale, SymInt seed, str recipe, "
     "bool wants_bias) -> Tensor[]",
 )
 def attention_backward(
