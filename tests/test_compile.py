@@ -74,6 +74,8 @@ def calls(group: Any, world_size: int, seq: int) -> dict[str, tuple[Call, bool]]
         "streaming": (lambda q, k, v: nr.ring_streaming_llm_attn(q, k, v, 3, cp_group=group), False),
         "streaming_varlen": (lambda q, k, v: nr.ring_streaming_llm_attn_varlen(q, k, v, 3, cu, group), True),
     }
+    balanced = nr.ContextParallel(group, layout="balanced", transport="all_to_all")
+    found["context documents"] = (lambda q, k, v: balanced.attention(q, k, v, "causal", cu_seqlens=cu), False)
     for transport in ("auto", "ring", "all_gather", "all_to_all"):
         cp = nr.ContextParallel(group, layout="zigzag", transport=transport)
         found[f"context {transport}"] = (lambda q, k, v, cp=cp: cp.attention(q, k, v, mask="causal"), False)
@@ -216,6 +218,23 @@ def of_any_length(rank: int, world_size: int) -> None:
 @needs_newer
 def test_lengths_are_dynamic_on_a_group(ranks) -> None:
     ranks(2).run(of_any_length)
+
+
+def on_a_grid(rank: int, world_size: int) -> list[str]:
+    """A layout that looks at documents, of which a graph does not know where they end."""
+    cp = nr.ContextParallel(init_device_mesh("cpu", (2, world_size // 2)), layout="balanced")
+    cu, tensors = torch.tensor([0, 9, 12 * world_size], dtype=torch.int32), given(12, seed=rank)
+    call = partial(cp.attention, mask="causal", cu_seqlens=cu)
+    faults = told("equal", both(call, tensors)) + told("dynamic", both(call, tensors, dynamic=True))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="leave seq_len out"):
+        torch.compile(partial(call, seq_len=12 * world_size), fullgraph=True, backend="aot_eager")(*tensors)
+    return faults
+
+
+@needs_newer
+def test_documents_on_a_grid(ranks) -> None:
+    no_faults(ranks(4).run(on_a_grid))
 
 
 def on_dtensors(rank: int, world_size: int, shape: tuple[int, ...], placements: tuple[Shard, ...]) -> list[str]:

@@ -23,7 +23,7 @@ from . import engine, kernels
 from .agree import asked, check_alike
 from .device import captures, on_host
 from .held import exact_dtype
-from .layouts import check_layout
+from .layouts import check_layout, looks_at_documents
 from .mask import Mask, check_cu_seqlens, check_window
 from .passes import inner_of, kernel_for, shape_of
 from .plan import ALL_TO_ALL, check_transport
@@ -207,6 +207,13 @@ def _in_graph(
     if rows.slices is not None:
         raise NotImplementedError("a Mask of slices under torch.compile: pass a mask by its name")
     total_q, total_k = whole_lengths(q, k, recipe.group, rows)
+    if is_grid(recipe.group) and rows.seq_len is not None:  # what a team keeps is then not so many shards like this rank's
+        if rows.cu_seqlens_q is not None and looks_at_documents(recipe.layout):
+            raise NotImplementedError(
+                f"layout={recipe.layout!r} over a grid with seq_len under torch.compile: pad the row so that ranks hold as many "
+                "tokens each and leave seq_len out, take another layout, or call it outside the graph"
+            )
+        total_q, total_k = traced(total_q), traced(total_k)
     _check_extras(q, k, options, total_k)
     own = (recipe.group, recipe.layout, recipe.transport, recipe.kernel, recipe.heads_stride, recipe.batch0, recipe.head0)
     left, right = options.window_size
