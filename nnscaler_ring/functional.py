@@ -236,6 +236,8 @@ def llama3_flash_attn_varlen_func(
         >>> llama3_flash_attn_varlen_func(q, k, v, *row[:4], 1, row[4], causal=True).shape
         torch.Size([8, 4, 8])
     """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("llama3_flash_attn_varlen_func under torch.compile: call it outside the graph")
     check_qkv(q, k, v)
     if heads_k_stride < 1 or k.shape[-2] % heads_k_stride:
         raise ValueError(f"heads_k_stride={heads_k_stride} must divide the {k.shape[-2]} key heads")

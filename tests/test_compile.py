@@ -301,9 +301,17 @@ def test_selective_checkpointing_saves_the_op() -> None:
 def test_what_cannot_be_compiled_says_so() -> None:
     q, k, v = given(8)
     mask = nr.Mask([(0, 8, 0, 8)], 8)
+    cu = torch.tensor([0, 16], dtype=torch.int32)
     for call, words in (
         (lambda q, k, v: nr.ContextParallel().attention(q, k, v, mask), "Mask"),
         (lambda q, k, v: nr.wrap_ring_attn_func(q, k, v, dropout_p=0.5), "dropout_seed"),
+        (lambda q, k, v: nr.flash_attention(q, k, v, return_total_attention=True), "return_total_attention.*outside the graph"),
+        (
+            lambda q, k, v: nr.llama3_flash_attn_varlen_func(
+                *(x.flatten(0, 1) for x in (q, k, v)), cu, cu, 16, 16, 1, slice(0, 16), causal=True
+            ),
+            "llama3.*outside the graph",
+        ),
     ):
         torch._dynamo.reset()
         with pytest.raises(Exception, match=words):
