@@ -52,6 +52,8 @@ def flash_attention(
         >>> out.shape, round(total.sum().item())
         (torch.Size([1, 4, 16, 8]), 64)
     """
+    if return_total_attention and torch.compiler.is_compiling():
+        raise NotImplementedError("return_total_attention=True under torch.compile: call flash_attention outside the graph")
     name = "local:1" if process_group is None else group_name(process_group)
     recipe = Recipe(group=name, layout=layout, transport=transport, kernel=kernel)
     options = Options(softmax_scale=sm_scale, dropout_p=dropout_p, causal=causal, return_attn_probs=return_log_normalizer)

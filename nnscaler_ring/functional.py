@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .core.call import Options, Result, Rows, attend, check_documents, check_qkv, group_name, host_table
+from .core.call import Options, Result, Rows, attend, check_documents, check_qkv, group_name, host_table, traced
 from .core.mask import NO_LIMIT, Mask, check_cu_seqlens, check_window
 from .core.recipe import Recipe
 from .core.transport import resolve_group, transport_of
@@ -236,6 +236,8 @@ def llama3_flash_attn_varlen_func(
         >>> llama3_flash_attn_varlen_func(q, k, v, *row[:4], 1, row[4], causal=True).shape
         torch.Size([8, 4, 8])
     """
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("llama3_flash_attn_varlen_func under torch.compile: call it outside the graph")
     check_qkv(q, k, v)
     if heads_k_stride < 1 or k.shape[-2] % heads_k_stride:
         raise ValueError(f"heads_k_stride={heads_k_stride} must divide the {k.shape[-2]} key heads")
@@ -309,7 +311,7 @@ def ring_sliding_window_attn_varlen(
         torch.Size([16, 4, 8])
     """
     name = group_name(cp_group)
-    _check_group(name, cp_size, cp_local_rank, cp_prev_global_rank, cp_next_global_rank)
+    _check_group(name, *map(traced, (cp_size, cp_local_rank, cp_prev_global_rank, cp_next_global_rank)))
     if not isinstance(window_size, Integral) or window_size < 0:
         raise ValueError(f"window_size={window_size}: give the number of earlier keys a query sees, >= 0")
     recipe = Recipe(group=name, transport=transport, kernel=kernel)
@@ -319,6 +321,7 @@ def ring_sliding_window_attn_varlen(
     return out
 
 
+@torch.compiler.assume_constant_result
 def _check_group(name: str, size: int | None, rank: int | None, before: int | None, after: int | None) -> None:
     """ValueError unless what a caller says of the group is so."""
     transport = transport_of(name)

@@ -36,6 +36,7 @@ from .core.call import (
     group_name,
     host_table,
     out_and_lse,
+    traced,
     whole_lengths,
 )
 from .core.mask import check_window
@@ -92,12 +93,6 @@ def _parsed(text: str) -> Settings:
     return Settings.parse(text)
 
 
-@torch.compiler.assume_constant_result
-def _settings(*pairs: tuple[str, Any]) -> str:
-    """Settings of names and plain values as a string, made while a graph is traced."""
-    return str(Settings(**dict(pairs)))
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Call:
     """One call of an op: everything but q, k and v."""
@@ -115,7 +110,7 @@ class _Call:
             warnings.warn(
                 f"{self.spec.name}: layout={self.settings.layout!r} without a process_group: these are taken to be whole, not "
                 f"one of {dist.get_world_size()} shards; pass process_group=torch.distributed.group.WORLD then",
-                stacklevel=7,
+                stacklevel=8,
             )
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, process_group: Group, ring_size: int) -> tuple[Tensor, Tensor]:
@@ -196,6 +191,19 @@ class _Call:
 Outputs = Tensor | tuple[Tensor, Tensor]
 
 
+def _attention(
+    spec: OpSpec, tensors: Sequence[Tensor | None], settings: Settings, process_group: Group, ring_size: int = 1
+) -> Outputs:
+    """The op of `spec` on its inputs, in their order."""
+    given = dict(zip(spec.inputs, tensors, strict=True))
+    q, k, v = (cast(Tensor, given.pop(name)) for name in "qkv")
+    cu_q, cu_k = (given.pop(name, None) for name in ("cu_seqlens_q", "cu_seqlens_k"))
+    cu_q = given.pop("cu_seqlens", cu_q)
+    call = _Call(spec=spec, settings=settings, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, extras=given)
+    out, lse = call.run(q, k, v, process_group, ring_size)
+    return (out, lse) if settings.return_attn_probs else out
+
+
 def dense_attention(
     q: Tensor,
     k: Tensor,
@@ -222,10 +230,8 @@ def dense_attention(
     Returns:
         out, or out and lse with ``return_attn_probs``.
     """
-    extras = {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink}
-    call = _Call(spec=SPECS[op], settings=_parsed(settings), cu_seqlens_q=cu_seqlens, cu_seqlens_k=None, extras=extras)
-    out, lse = call.run(q, k, v, process_group, ring_size)
-    return (out, lse) if call.settings.return_attn_probs else out
+    tensors = (q, k, v, cu_seqlens, alibi_slopes, learnable_sink)
+    return _attention(SPECS[op], tensors, _parsed(settings), process_group, ring_size)
 
 
 def packed_attention(
@@ -243,11 +249,8 @@ def packed_attention(
     ring_size: int = 1,
 ) -> Outputs:
     """`dense_attention` for one packed row: q ``[T, Hq, D]``, k ``[T, Hk, D]``, v ``[T, Hk, Dv]``, both boundaries, and a bias."""
-    extras = {"alibi_slopes": alibi_slopes, "learnable_sink": learnable_sink, "bias": bias}
-    given = _parsed(settings)
-    call = _Call(spec=SPECS[op], settings=given, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, extras=extras)
-    out, lse = call.run(q, k, v, process_group, ring_size)
-    return (out, lse) if call.settings.return_attn_probs else out
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, learnable_sink, bias)
+    return _attention(SPECS[op], tensors, _parsed(settings), process_group, ring_size)
 
 
 _SHARED: tuple[str, ...] = ("softmax_scale", "dropout_p", "window_size", "deterministic", "return_attn_probs")
@@ -266,10 +269,13 @@ def _run(op: str, tensors: Sequence[Tensor | None], process_group: Group, shared
     if SPECS[op].layout == "zigzag" and not given["causal"]:
         raise ValueError(f"{op}: causal=False, but zigzag shards balance a causal mask; pass causal=True or take a ring function")
     given = {**given, "softmax_scale": None if scale is None else float(scale), "window_size": check_window(given["window_size"])}
-    given |= {name: given[name] or 0.0 for name in ("dropout_p", "softcap")}  # under dynamic shapes a default is a symbol
-    settings = _settings(*((name, given[name]) for name in _NAMES if name in given))
-    entry: Callable[..., Outputs] = dense_attention if "batch" in SPECS[op].out else packed_attention
-    result = entry(*tensors, op=op, settings=settings, process_group=process_group)
+    plain = {name: given[name] for name in _NAMES if name in given}
+    if torch.compiler.is_compiling():  # numbers that a graph takes as arguments, as a seed of each call's own, fit in no string
+        lengths = {name: traced(given.get(name)) for name in ("seq_len", "seq_len_k")}  # shards may differ: a graph for each
+        result = _attention(SPECS[op], tensors, Settings(**{**plain, **lengths}), process_group)
+    else:
+        entry: Callable[..., Outputs] = dense_attention if "batch" in SPECS[op].out else packed_attention
+        result = entry(*tensors, op=op, settings=str(Settings(**plain)), process_group=process_group)
     if not given["return_attn_probs"]:
         return cast(Tensor, result)
     return result[0], result[1], None

@@ -39,10 +39,10 @@ def model(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.tanh().square().sum()
 
 
-def both(call: Call, tensors: list[Tensor]) -> list[str]:
+def both(call: Call, tensors: list[Tensor], dynamic: bool | None = None) -> list[str]:
     """What differs between the compiled model and the plain one, value and gradients."""
     torch._dynamo.reset()
-    compiled = torch.compile(partial(model, call), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(partial(model, call), fullgraph=True, backend="aot_eager", dynamic=dynamic)
     pairs = []
     for run in (compiled, partial(model, call)):
         leaves = [x.detach().requires_grad_() for x in tensors]
@@ -69,7 +69,13 @@ def calls(group: Any, world_size: int, seq: int) -> dict[str, tuple[Call, bool]]
             lambda q, k, v: nr.zigzag_ring_flash_attn_varlen_func(q, k, v, documents, seq, causal=True, group=group),
             True,
         ),
+        "sliding": (lambda q, k, v: nr.ring_sliding_window_attn(q, k, v, 3, cp_group=group), False),
+        "sliding_varlen": (lambda q, k, v: nr.ring_sliding_window_attn_varlen(q, k, v, 3, cu, group, world_size), True),
+        "streaming": (lambda q, k, v: nr.ring_streaming_llm_attn(q, k, v, 3, cp_group=group), False),
+        "streaming_varlen": (lambda q, k, v: nr.ring_streaming_llm_attn_varlen(q, k, v, 3, cu, group), True),
     }
+    balanced = nr.ContextParallel(group, layout="balanced", transport="all_to_all")
+    found["context documents"] = (lambda q, k, v: balanced.attention(q, k, v, "causal", cu_seqlens=cu), False)
     for transport in ("auto", "ring", "all_gather", "all_to_all"):
         cp = nr.ContextParallel(group, layout="zigzag", transport=transport)
         found[f"context {transport}"] = (lambda q, k, v, cp=cp: cp.attention(q, k, v, mask="causal"), False)
@@ -78,7 +84,7 @@ def calls(group: Any, world_size: int, seq: int) -> dict[str, tuple[Call, bool]]
 
 OLD = TorchVersion(torch.__version__) < "2.7"
 needs_newer = pytest.mark.skipif(OLD, reason="needs a torch newer than 2.6, whose Dynamo fails on wrap_* ops ('distributed_state')")
-AS_SHARDS = {"ring_flash", "zigzag_varlen"}
+AS_SHARDS = {"ring_flash", "zigzag_varlen", "sliding", "sliding_varlen", "streaming", "streaming_varlen"}
 """Per-rank functions, which 2.6 takes as well."""
 
 
@@ -107,6 +113,75 @@ def test_lengths_are_dynamic(name: str) -> None:
             torch._dynamo.mark_dynamic(x, 1)
         assert torch.allclose(compiled(*tensors), model(call, *tensors), rtol=1e-11)
     assert counter.frame_count == 1
+
+
+class Numbers:
+    """Of a model's own."""
+
+    def __init__(self) -> None:
+        self.scale, self.softcap, self.dropout = 0.3, 2.0, 0.1
+
+
+NUMBERS = Numbers()
+
+
+def with_numbers() -> dict[str, tuple[Call, bool]]:
+    """More calls, with default arguments, and with floats that are somebody's attributes."""
+    scores, cp = {"softmax_scale": 0.5, "dropout_seed": 7}, nr.ContextParallel()
+    return {
+        "kvpacked": (lambda q, k, v: nr.stripe_flash_attn_kvpacked_func(q, torch.stack([k, v], 2)), False),
+        "flash_attention": (lambda q, k, v: nr.flash_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2), False),
+        "ring_flash scale": (lambda q, k, v: nr.ring_flash_attn_func(q, k, v, softmax_scale=NUMBERS.scale), False),
+        "ring_flash dropout": (lambda q, k, v: nr.ring_flash_attn_func(q, k, v, dropout_p=NUMBERS.dropout, **scores), False),
+        "ring softcap": (lambda q, k, v: nr.wrap_ring_attn_func(q, k, v, NUMBERS.scale, softcap=NUMBERS.softcap), False),
+        "context softcap": (lambda q, k, v: cp.attention(q, k, v, "causal", softcap=NUMBERS.softcap), False),
+    }
+
+
+@needs_newer
+@pytest.mark.parametrize("name", [*calls(None, 1, 24), *with_numbers()])
+def test_floats_are_symbols_under_dynamic_shapes(name: str) -> None:
+    call, packed = {**calls(None, 1, 24), **with_numbers()}[name]
+    assert not both(call, given(24, packed), dynamic=True)
+
+
+@needs_newer
+def test_a_graph_is_of_its_numbers() -> None:
+    """Another softcap than that of the first call is heeded."""
+    tensors, call = given(24), partial(model, with_numbers()["context softcap"][0])
+    torch._dynamo.reset()
+    compiled, found = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True), set()
+    with pytest.MonkeyPatch.context() as patch:
+        for softcap in (1.0, 2.0, 0.0):
+            patch.setattr(NUMBERS, "softcap", softcap)
+            assert torch.allclose(compiled(*tensors), call(*tensors), rtol=1e-11)
+            found.add(call(*tensors).item())
+    assert len(found) == 3
+
+
+DROPPING, ALONE = {"dropout_p": 0.3}, nr.ContextParallel()
+WITH_SEED: dict[str, Callable[..., Any]] = {
+    "zigzag": lambda q, k, v, seed: nr.wrap_zigzag_attn_func(q, k, v, dropout_seed=seed, **DROPPING),
+    "window": lambda q, k, v, seed: nr.wrap_sliding_window_attn_func(q, k, v, 3, dropout_seed=seed, **DROPPING),
+    "ring_flash": lambda q, k, v, seed: nr.ring_flash_attn_func(q, k, v, dropout_seed=seed, **DROPPING),
+    "context": lambda q, k, v, seed: ALONE.attention(q, k, v, dropout_seed=seed, **DROPPING),
+}
+
+
+@needs_newer
+@pytest.mark.parametrize("name", WITH_SEED)
+def test_a_seed_of_each_call(name: str) -> None:
+    """Two graphs for any number of seeds: one before it is known that they change."""
+    tensors, call = given(24), WITH_SEED[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for seed in (3, 1 << 40, 7, (1 << 63) - 1):
+        got, want = compiled(*tensors, seed), call(*tensors, seed)
+        assert torch.allclose(got, want, rtol=1e-11)
+        grads = [torch.autograd.grad(x.square().sum(), tensors) for x in (got, want)]
+        assert all(torch.allclose(a, b, rtol=1e-11, atol=1e-12) for a, b in zip(*grads, strict=True))
+    assert counter.frame_count == 2
 
 
 def on_a_group(rank: int, world_size: int) -> list[str]:
@@ -143,6 +218,23 @@ def of_any_length(rank: int, world_size: int) -> None:
 @needs_newer
 def test_lengths_are_dynamic_on_a_group(ranks) -> None:
     ranks(2).run(of_any_length)
+
+
+def on_a_grid(rank: int, world_size: int) -> list[str]:
+    """A layout that looks at documents, of which a graph does not know where they end."""
+    cp = nr.ContextParallel(init_device_mesh("cpu", (2, world_size // 2)), layout="balanced")
+    cu, tensors = torch.tensor([0, 9, 12 * world_size], dtype=torch.int32), given(12, seed=rank)
+    call = partial(cp.attention, mask="causal", cu_seqlens=cu)
+    faults = told("equal", both(call, tensors)) + told("dynamic", both(call, tensors, dynamic=True))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="leave seq_len out"):
+        torch.compile(partial(call, seq_len=12 * world_size), fullgraph=True, backend="aot_eager")(*tensors)
+    return faults
+
+
+@needs_newer
+def test_documents_on_a_grid(ranks) -> None:
+    no_faults(ranks(4).run(on_a_grid))
 
 
 def on_dtensors(rank: int, world_size: int, shape: tuple[int, ...], placements: tuple[Shard, ...]) -> list[str]:
@@ -209,9 +301,17 @@ def test_selective_checkpointing_saves_the_op() -> None:
 def test_what_cannot_be_compiled_says_so() -> None:
     q, k, v = given(8)
     mask = nr.Mask([(0, 8, 0, 8)], 8)
+    cu = torch.tensor([0, 16], dtype=torch.int32)
     for call, words in (
         (lambda q, k, v: nr.ContextParallel().attention(q, k, v, mask), "Mask"),
         (lambda q, k, v: nr.wrap_ring_attn_func(q, k, v, dropout_p=0.5), "dropout_seed"),
+        (lambda q, k, v: nr.flash_attention(q, k, v, return_total_attention=True), "return_total_attention.*outside the graph"),
+        (
+            lambda q, k, v: nr.llama3_flash_attn_varlen_func(
+                *(x.flatten(0, 1) for x in (q, k, v)), cu, cu, 16, 16, 1, slice(0, 16), causal=True
+            ),
+            "llama3.*outside the graph",
+        ),
     ):
         torch._dynamo.reset()
         with pytest.raises(Exception, match=words):

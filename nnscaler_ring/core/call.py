@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from . import engine, kernels
 from .agree import asked, check_alike
 from .device import captures, on_host
 from .held import exact_dtype
-from .layouts import check_layout
+from .layouts import check_layout, looks_at_documents
 from .mask import Mask, check_cu_seqlens, check_window
 from .passes import inner_of, kernel_for, shape_of
 from .plan import ALL_TO_ALL, check_transport
@@ -206,11 +207,19 @@ def _in_graph(
     if rows.slices is not None:
         raise NotImplementedError("a Mask of slices under torch.compile: pass a mask by its name")
     total_q, total_k = whole_lengths(q, k, recipe.group, rows)
+    if is_grid(recipe.group) and rows.seq_len is not None:  # what a team keeps is then not so many shards like this rank's
+        if rows.cu_seqlens_q is not None and looks_at_documents(recipe.layout):
+            raise NotImplementedError(
+                f"layout={recipe.layout!r} over a grid with seq_len under torch.compile: pad the row so that ranks hold as many "
+                "tokens each and leave seq_len out, take another layout, or call it outside the graph"
+            )
+        total_q, total_k = traced(total_q), traced(total_k)
     _check_extras(q, k, options, total_k)
     own = (recipe.group, recipe.layout, recipe.transport, recipe.kernel, recipe.heads_stride, recipe.batch0, recipe.head0)
     left, right = options.window_size
     seen = (options.causal, left, right, options.sinks, options.prefix, options.deterministic, options.return_attn_probs)
-    text = _text(*own, recipe.reduce_dtype, *seen, float(options.softcap), float(options.dropout_p), options.far)
+    said = (*own, recipe.reduce_dtype, *seen, float(options.softcap), float(options.dropout_p), options.far)
+    text = _text(*map(traced, said))
     return text, (total_q, total_k), (rows.cu_seqlens_q, rows.cu_seqlens_k, None)
 
 
@@ -225,6 +234,14 @@ def whole_lengths(q: Tensor, k: Tensor, group: str, rows: Rows) -> tuple[int, in
 @torch.compiler.assume_constant_result
 def _num_shards(group: str) -> int:
     return 1 if is_local(group) else transport_of(group).world_size
+
+
+def traced(value: Any) -> Any:
+    """A plain argument for a function whose result a graph keeps: one that is a symbol as its value, for which the graph is then.
+
+    Under dynamic shapes every float is a symbol, also a default.
+    """
+    return guard_scalar(value) if torch.compiler.is_compiling() and isinstance(value, (int, float)) else value
 
 
 @torch.compiler.assume_constant_result

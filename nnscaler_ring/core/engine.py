@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .agree import asked, check_alike
 from .heads import deal, teams
@@ -19,14 +20,14 @@ from .held import exact_dtype
 from .layouts import looks_at_documents
 from .passes import Extras, Job, backward, forward, inner_of, job_of
 from .recipe import Recipe, content, layout_of
-from .transport import LocalTransport, Transport, transport_of
+from .transport import Transport, transport_of
 
 
 @library.custom_op(
     "nnscaler_ring::attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? cu_q, Tensor? cu_k, Tensor? slices, Tensor? alibi, Tensor? bias, Tensor? sink, "
-    "SymInt total_q, SymInt total_k, float scale, int seed, str recipe) -> (Tensor, Tensor, Tensor[])",
+    "SymInt total_q, SymInt total_k, float scale, SymInt seed, str recipe) -> (Tensor, Tensor, Tensor[])",
 )
 def attention(
     q: Tensor,
@@ -153,17 +154,19 @@ def _fake_kept(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _held(recipe: Recipe, transport: Transport, inner: int, rank: int, total: int, cu_seqlens: Tensor | None) -> int:
-    """Tokens of a rank's team, or of the rank where `inner` is 1; documents are looked at only if the layout needs them."""
-    if inner == transport.world_size or isinstance(total, torch.SymInt):  # of any length: so many shards of one length
+    """Tokens of a rank's team of `inner`; documents are looked at only if the layout needs them."""
+    documents = cu_seqlens if looks_at_documents(recipe.layout) else None
+    unknown = isinstance(total, torch.SymInt) or isinstance(documents, FakeTensor)
+    if inner == transport.world_size or unknown:  # so many shards of one length
         return total * inner // transport.world_size
-    cu = content(cu_seqlens) if looks_at_documents(recipe.layout) else None
-    return int(teams(layout_of(recipe.layout, int(total), transport.world_size, cu), inner).counts[rank // inner])
+    counts = teams(layout_of(recipe.layout, int(total), transport.world_size, content(documents)), inner).counts
+    return int(counts[rank // inner])
 
 
 @library.custom_op(
     "nnscaler_ring::attention_backward",
     mutates_args=(),
-    schema="(Tensor[] saved, Tensor? d_lse, Tensor?[] tables, SymInt[] total, float scale, int seed, str recipe, "
+    schema="(Tensor[] saved, Tensor? d_lse, Tensor?[] tables, SymInt[] total, float scale, SymInt seed, str recipe, "
     "bool wants_bias) -> Tensor[]",
 )
 def attention_backward(
@@ -217,18 +220,10 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(saved: Sequence[Tensor], _: Tensor | None, tables: Sequence[Tensor | None], total: Sequence[int], *rest: Any) -> list[Tensor]:
-    (d_out, *qkv), kept, (_, _, recipe, wants_bias) = saved[:4], saved[6:], rest
-    cu_q, cu_k, _, _, bias, sink = tables
-    grads = [x.new_empty(x.shape) for x in qkv]
-    if kept:
-        made = Recipe.parse(recipe)
-        transport, cu_k = transport_of(made.group), cu_q if cu_k is None else cu_k
-        local = isinstance(transport, LocalTransport)
-        keys = total[1] if local else _held(made, transport, 1, transport.ranks[0], total[1], cu_k)
-        rows = (d_out.shape[1], keys, keys)
-        grads = [x.new_empty(x.shape[0], n, *x.shape[2:]) for x, n in zip(qkv, rows, strict=True)]
-    grads += [bias.new_empty(bias.shape)] if wants_bias and bias is not None else []
+def _(saved: Sequence[Tensor], _: Tensor | None, tables: Sequence[Tensor | None], *rest: Any) -> list[Tensor]:
+    bias, sink = tables[4:]
+    grads = [x.new_empty(x.shape) for x in saved[1:4]]
+    grads += [bias.new_empty(bias.shape)] if rest[-1] and bias is not None else []
     return grads + ([] if sink is None else [torch.empty_like(sink)])
 
 
@@ -237,7 +232,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[
     out, lse, kept = output
     read = [q, k, v, out, lse]
     if kept:
-        read = [x.new_empty(x.shape[0], 0, *x.shape[2:]) for x in read]
+        read = [x.new_empty(()).expand(x.shape) for x in read]  # shapes, in no memory
     ctx.save_for_backward(*read, *tables, *kept)
     ctx.mark_non_differentiable(*kept)
     ctx.rest = inputs[9:]
