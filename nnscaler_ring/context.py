@@ -15,7 +15,19 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .annotations.dtensor import axis_group
-from .core.call import Options, Result, Rows, attend, check_differentiable, check_names, grid_name, group_name, host_table
+from .core.call import (
+    Options,
+    Result,
+    Rows,
+    announced,
+    attend,
+    check_differentiable,
+    check_names,
+    check_qkv,
+    grid_name,
+    group_name,
+    host_table,
+)
 from .core.device import on_device
 from .core.layout import Layout
 from .core.layouts import LAYOUTS, looks_at_documents, name_of, needs_documents
@@ -191,10 +203,11 @@ class ContextParallel:
             cu_seqlens: boundaries of packed documents.
             seq_len: `S`, where ranks hold different numbers of tokens; ``world_size * L`` where None.
         """
-        check_differentiable(x)
-        self._check_documents(cu_seqlens)
-        seq_len = self._total(_tokens(x, dim), cu_seqlens, seq_len)
-        self._layout(seq_len, cu_seqlens)
+        with announced(self._recipe.group, x.device):
+            check_differentiable(x)
+            self._check_documents(cu_seqlens)
+            seq_len = self._total(_tokens(x, dim), cu_seqlens, seq_len)
+            self._layout(seq_len, cu_seqlens)
         rows = x.movedim(dim, 0).unsqueeze(0)
         whole = gather(rows, host_table("cu_seqlens", cu_seqlens), seq_len, self._recipe.layout, self._recipe.group)
         return whole.squeeze(0).movedim(0, dim)
@@ -265,8 +278,10 @@ class ContextParallel:
             raise ValueError(f"layout {self._recipe.layout!r} cuts each document: pass cu_seqlens")
         if torch.compiler.is_compiling():
             return attend(q, k, v, self._recipe, settled, rows)
-        self._check_documents(cu_seqlens)
-        cu_seqlens = host_table("cu_seqlens", cu_seqlens)  # read from the device once
-        total = self._total(q.shape[q.dim() - 3], cu_seqlens, rows.seq_len)
-        self._layout(total, cu_seqlens)
+        with announced(self._recipe.group, q.device):
+            check_qkv(q, k, v)
+            self._check_documents(cu_seqlens)
+            cu_seqlens = host_table("cu_seqlens", cu_seqlens)  # read from the device once
+            total = self._total(q.shape[q.dim() - 3], cu_seqlens, rows.seq_len)
+            self._layout(total, cu_seqlens)
         return attend(q, k, v, self._recipe, settled, replace(rows, seq_len=total, cu_seqlens_q=cu_seqlens), heads_may_travel=True)

@@ -78,6 +78,26 @@ def refuse(rank: int, world_size: int) -> dict[str, str]:
     return said
 
 
+def refuse_boundaries(rank: int, world_size: int) -> list[str]:
+    """Of ContextParallel, whose layout looks at them before it attends."""
+    cp, said = ContextParallel(layout="balanced"), list[str]()
+    wrong = torch.tensor([0, 5, 16 + 2 * rank], dtype=torch.int32)
+    for call in (
+        lambda: cp.attention(*qkv(), cu_seqlens=wrong, seq_len=16),
+        lambda: cp.unshard(torch.ones(1, 8, 2), 1, wrong, seq_len=16),
+    ):
+        with mock.patch.dict("os.environ", {VARIABLE: "1"}), pytest.raises(ValueError) as told:
+            call()
+        said.append(str(told.value))
+    return said
+
+
+def test_boundaries_that_one_rank_refuses_are_told_to_the_others(ranks: Any) -> None:
+    waiting, refusing = ranks(2).run(refuse_boundaries)
+    assert set(waiting) == {"rank 1 refused the arguments of this call: the error there says why"}
+    assert all("runs from 0 to 18" in message for message in refusing)
+
+
 def test_a_rank_that_refuses_its_own_arguments_is_told_to_the_others(ranks: Any) -> None:
     waiting, refusing = ranks(2).run(refuse)
     for name, message in refusing.items():

@@ -5,8 +5,8 @@ Legend: `B` batch, `L` tokens of this rank, `T` packed tokens of this rank, `Hq`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
@@ -214,7 +214,7 @@ def _in_graph(
                 "tokens each and leave seq_len out, take another layout, or call it outside the graph"
             )
         total_q, total_k = traced(total_q), traced(total_k)
-    _check_extras(q, k, options, total_k)
+    _check_extras(q, options, total_k)
     own = (recipe.group, recipe.layout, recipe.transport, recipe.kernel, recipe.heads_stride, recipe.batch0, recipe.head0)
     left, right = options.window_size
     seen = (options.causal, left, right, options.sinks, options.prefix, options.deterministic, options.return_attn_probs)
@@ -313,12 +313,19 @@ def check(
     Returns:
         The whole recipe, the numbers of query and key tokens of the whole sequence, and the tables ``cu_q, cu_k, slices``.
     """
-    try:
+    with announced(recipe.group, q.device):
         return _checked(q, k, v, recipe, options, rows)
+
+
+@contextmanager
+def announced(group: str, device: torch.device) -> Iterator[None]:
+    """What is refused here is told to the ranks of the group that may not find it, and wait for this rank's word, if asked for."""
+    try:
+        yield
     except (ValueError, NotImplementedError):
-        if asked():  # the others, who may not find it, wait for this rank's word
+        if asked():
             with suppress(ValueError):
-                check_alike(transport_of(recipe.group), {}, q.device)
+                check_alike(transport_of(group), {}, device)
         raise
 
 
@@ -352,7 +359,7 @@ def _checked(
     cu_q, cu_k = host_table("cu_seqlens_q", rows.cu_seqlens_q), host_table("cu_seqlens_k", rows.cu_seqlens_k)
     slices = None if rows.slices is None else _slices(rows.slices, *total, recipe.parts)
     mask_of(recipe, *total, content(cu_q), content(cu_k), content(slices))
-    _check_extras(q, k, options, total[1])
+    _check_extras(q, options, total[1])
     _check_kernel(q, k, v, recipe, options)
     return recipe, total, (cu_q, cu_k, slices)
 
@@ -364,7 +371,7 @@ def _check_kernel(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Opti
     kernel_for(recipe, q, k, v, there)
 
 
-def _check_extras(q: Tensor, k: Tensor, options: Options, total_k: int) -> None:
+def _check_extras(q: Tensor, options: Options, total_k: int) -> None:
     """ValueError unless the tensors besides q, k and v fit them."""
     heads, batch = q.shape[-2], q.shape[0] if q.dim() == 4 else 1
     rows = q.shape[q.dim() - 3]

@@ -281,7 +281,7 @@ Gradients = Generator[Exchange, Wait, tuple[Tensor | None, ...]]
 def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept: Saved, extras: Extras, d_bias: bool) -> Gradients:
     """One rank's backward walk over ``d_out, q, k, v, out, lse``: dq, dk, dv, d_bias and d_sink of its rows, None where not there.
 
-    With what the forward walk `kept`, all but d_out are empty and tell shapes only.
+    With what the forward walk `kept`, all but d_out tell shapes only.
     """
     if job.inner == 1:
         return (yield from _differentiate_attend(job, plan, d_lse, saved, extras, d_bias, saved[2].shape[2]))
