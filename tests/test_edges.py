@@ -497,3 +497,13 @@ def test_a_layout_that_is_none() -> None:
     for runs in ([[0, 0, 4], [1, 2, 4]], [[0, 0, 4], [2, 4, 4]]):
         with pytest.raises(ValueError, match="every position once"):
             nr.ContextParallel(layout=Layout(np.array(runs), 8, 2))
+
+
+@pytest.mark.parametrize("transport", ["ring", "grouped_ring", "all_gather", "halo", "all_to_all"])
+@pytest.mark.parametrize("rank", range(3))
+def test_a_batch_of_none(rank: int, transport: str) -> None:
+    """What is empty is in nobody's memory, and yet no two gradients may be in one."""
+    q, k, v = (torch.randn(0, 4, 3, 8, requires_grad=True) for _ in range(3))
+    out = attend(q, k, v, Recipe(group=f"pretend:3:{rank}", transport=transport), Options(causal=True))
+    assert isinstance(out, Tensor) and out.shape == (0, 4, 3, 8)
+    assert [x.shape for x in torch.autograd.grad(out.sum(), (q, k, v))] == [(0, 4, 3, 8)] * 3
