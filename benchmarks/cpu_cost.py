@@ -53,11 +53,12 @@ def table(repeats: int) -> str:
     for case in CASES:
         ratios, alone, together = measure(case, repeats)
         spread, seconds = f"{min(ratios):.3f} .. {max(ratios):.3f}", f"{together:.2f} / {alone:.2f}"
-        rows.append((case.name, case.ranks, f"{case.tokens:,}", f"{median(ratios):.3f}", spread, f"{case.limit:.2f}", seconds))
+        shown = f"**{median(ratios):.3f}**" if median(ratios) > case.limit else f"{median(ratios):.3f}"
+        rows.append((case.name, case.ranks, f"{case.tokens:,}", shown, spread, f"{case.limit:.2f}", seconds))
     header = ("attention", "ranks", "tokens", "all ranks / one process", "range", "limit", "CPU seconds")
     about = (
         f"H = {HEADS}, D = {HEAD_DIM}, fp32, forward + backward, one thread a process. Causal: over torch's dense causal call.\n"
-        "Window: over this package's own window on one process."
+        "Window: over this package's own window on one process. Bold: above the limit that the project holds itself to."
     )
     return f"## CPU cost of cutting the sequence\n\n{about}\n\n{markdown(header, rows)}"
 
