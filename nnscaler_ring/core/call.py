@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
 from torch.fx.experimental.symbolic_shapes import guard_scalar
+from torch.torch_version import TorchVersion
 
 from . import engine, kernels
 from .agree import asked, check_alike
@@ -236,12 +237,16 @@ def _num_shards(group: str) -> int:
     return 1 if is_local(group) else transport_of(group).world_size
 
 
+_GUARDS = TorchVersion(torch.__version__) >= "2.7"
+"""The Dynamo of 2.6 takes no `guard_scalar`, and makes no symbol of a float."""
+
+
 def traced(value: Any) -> Any:
     """A plain argument for a function whose result a graph keeps: one that is a symbol as its value, for which the graph is then.
 
     Under dynamic shapes every float is a symbol, also a default.
     """
-    return guard_scalar(value) if torch.compiler.is_compiling() and isinstance(value, (int, float)) else value
+    return guard_scalar(value) if _GUARDS and torch.compiler.is_compiling() and isinstance(value, (int, float)) else value
 
 
 @torch.compiler.assume_constant_result
