@@ -157,7 +157,7 @@ class ContextParallel:
 
         Raises:
             ValueError: the last shards were cut by documents, and here are none, or the other way round, where the layout looks at
-                them.
+                them: shard a batch before its positions are asked for.
 
         Example:
             >>> ContextParallel(None).position_ids(5, torch.tensor([0, 3, 5], dtype=torch.int32)).tolist()
@@ -263,6 +263,22 @@ class ContextParallel:
         Raises:
             ValueError, NotImplementedError: see `core.call.attend`.
         """
+        if torch.compiler.is_compiling():
+            settled, rows = self._settled(mask, softmax_scale, cu_seqlens, options)
+            return attend(q, k, v, self._recipe, settled, rows)
+        with announced(self._recipe.group, q.device):
+            settled, rows = self._settled(mask, softmax_scale, cu_seqlens, options)
+            check_qkv(q, k, v)
+            self._check_documents(cu_seqlens)
+            cu_seqlens = host_table("cu_seqlens", cu_seqlens)  # read from the device once
+            total = self._total(q.shape[q.dim() - 3], cu_seqlens, rows.seq_len)
+            self._layout(total, cu_seqlens)
+        return attend(q, k, v, self._recipe, settled, replace(rows, seq_len=total, cu_seqlens_q=cu_seqlens), heads_may_travel=True)
+
+    def _settled(
+        self, mask: str | Mask, softmax_scale: float | None, cu_seqlens: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Options, Rows]:
+        """What `attention` is asked for besides its tensors."""
         rows = Rows(seq_len=options.pop("seq_len", None), cu_seqlens_q=cu_seqlens, slices=mask if isinstance(mask, Mask) else None)
         documents = cu_seqlens is not None and not looks_at_documents(self._recipe.layout)  # for the mask, not for the layout
         if isinstance(mask, Mask) and (documents or {"window_size", "sinks", "prefix"} & options.keys()):
@@ -276,12 +292,4 @@ class ContextParallel:
         settled = Options(softmax_scale=softmax_scale, causal=mask == "causal", **options)
         if cu_seqlens is None and needs_documents(self._recipe.layout):
             raise ValueError(f"layout {self._recipe.layout!r} cuts each document: pass cu_seqlens")
-        if torch.compiler.is_compiling():
-            return attend(q, k, v, self._recipe, settled, rows)
-        with announced(self._recipe.group, q.device):
-            check_qkv(q, k, v)
-            self._check_documents(cu_seqlens)
-            cu_seqlens = host_table("cu_seqlens", cu_seqlens)  # read from the device once
-            total = self._total(q.shape[q.dim() - 3], cu_seqlens, rows.seq_len)
-            self._layout(total, cu_seqlens)
-        return attend(q, k, v, self._recipe, settled, replace(rows, seq_len=total, cu_seqlens_q=cu_seqlens), heads_may_travel=True)
+        return settled, rows

@@ -116,3 +116,19 @@ def test_steps_that_bring_nothing_have_no_gradients(monkeypatch: pytest.MonkeyPa
     out, _ = out_and_lse(q, k, v, recipe, Options(causal=True), Rows())
     out.sum().backward()
     assert [size for size in made if size] == [8]
+
+
+def test_what_is_saved_where_heads_travel() -> None:
+    """What each rank keeps, and of q, k, v and the result only shapes: also where what is saved is copied elsewhere."""
+    saved = list[Tensor]()
+
+    def moved(x: Tensor) -> Tensor:
+        saved.append(torch.empty(x.size(), dtype=x.dtype))
+        return x
+
+    q, k, v = (torch.randn(1, 64, 4, 8, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(moved, lambda x: x):
+        out, _ = out_and_lse(q, k, v, Recipe(group="local:2", transport="all_to_all"), Options(causal=True), Rows())
+    assert sum(x.nbytes for x in saved) == 4 * (4 * q.numel() + 4 * 64)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [x.shape for x in grads] == [q.shape] * 3

@@ -205,6 +205,14 @@ def test_a_launch_for_each_set_of_parts(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(results.lse, torch.full((1, 64, 1, 1), math.log(3)))
 
 
+def test_a_nan_stays_one(merge: Merge) -> None:
+    """Of a run that has diverged."""
+    out, lse, nan = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 1), float("nan")
+    merge(out, lse, torch.full((1, 1, 1, 2), nan), torch.full((1, 1, 1, 1), nan))
+    merge(out, lse, torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 1))
+    assert out.isnan().all()
+
+
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_result_of_all_rows_is_the_memory(dtype: torch.dtype, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:

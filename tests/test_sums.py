@@ -248,3 +248,13 @@ def test_the_fused_sum(dtypes: Sequence[torch.dtype]) -> None:
         rounding = 0.0 if into == torch.float32 else 2**-7  # the interpreter cuts off where a GPU rounds
         torch.testing.assert_close(out[:, 1:8, 1:].float(), want, rtol=rounding, atol=0)
         assert (out[:, 0] == 8).all() and (out[:, 8] == 8).all() and (out[:, :, 0] == 8).all()
+
+
+def test_float64_is_added_up_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it ends, in few intervals and in many."""
+    many_at_once(monkeypatch)
+    for rows in (np.array([[0, 32]]), np.column_stack([np.arange(32), np.arange(1, 33)])):
+        total = Sum(torch.empty(1, 32, 1, 1, dtype=torch.float64))
+        for value in (1.0, 2.0**-30, -1.0):
+            total.add(rows, torch.full((1, 32, 1, 1), value, dtype=torch.float64))
+        assert (total.result(torch.float32) == 2.0**-30).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -410,9 +411,23 @@ def test_a_model_keeps_the_attention_that_was_applied() -> None:
     batch = first.shard_batch(packed_row())
     Attention(first.target)
     model(**batch)
-    Attention(ContextParallel(None, layout="zigzag"))
-    with pytest.raises(ValueError, match="another Attention was made under the name"):
-        model(**batch)
+    for layout in ("zigzag", layouts.build("contiguous", 8, 1)):
+        Attention(ContextParallel(None, layout=layout))
+        with pytest.raises(ValueError, match="another Attention was made under the name"):
+            model(**batch)
+    saved = io.BytesIO()
+    torch.save(model, saved)  # as for another process
+    torch.load(io.BytesIO(saved.getvalue()), weights_only=False)(**Attention(ContextParallel()).shard_batch(packed_row()))
+
+
+def test_a_model_takes_another_name() -> None:
+    """By transformers' own switch."""
+    _, model = alone()
+    if not hasattr(model, "set_attn_implementation"):
+        pytest.skip("needs a transformers with set_attn_implementation")
+    second = Attention(ContextParallel(None, layout="zigzag"), name="second")
+    model.set_attn_implementation("second")
+    model(**second.shard_batch(packed_row()))
 
 
 def test_boundaries_and_counts_of_a_batch_are_kept() -> None:

@@ -232,7 +232,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[
     out, lse, kept = output
     read = [q, k, v, out, lse]
     if kept:
-        read = [x.new_empty(()).expand(x.shape) for x in read]  # shapes, in no memory
+        read = [x.new_empty(0, *x.shape) for x in read]  # shapes, in no memory, wherever what is saved is put
     ctx.save_for_backward(*read, *tables, *kept)
     ctx.mark_non_differentiable(*kept)
     ctx.rest = inputs[9:]
@@ -244,15 +244,17 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, _: Any)
     if d_out is None and d_lse is None:
         return tuple(none)
     saved = ctx.saved_tensors  # once: under activation checkpointing this computes them anew
-    q, k, v, out, lse, *tables, alibi, bias, sink = saved[:11]
+    q, k, v, out, lse, cu_q, cu_k, slices, alibi, bias, sink, *kept = saved
+    if kept:
+        q, k, v, out, lse = (x.new_empty(()).expand(x.shape[1:]) for x in (q, k, v, out, lse))
     if d_out is None:
         assert d_lse is not None
         rows = d_lse.shape[2]
         d_out = q.new_zeros(q.shape[0], rows, q.shape[2], v.shape[3])
     wants_bias = bias is not None and ctx.needs_input_grad[7]
     total_q, total_k, *rest = ctx.rest
-    read = [d_out, q, k, v, out, lse, *saved[11:]]
-    dq, dk, dv, *more = attention_backward(read, d_lse, [*tables, alibi, bias, sink], [total_q, total_k], *rest, wants_bias)
+    read, tables = [d_out, q, k, v, out, lse, *kept], [cu_q, cu_k, slices, alibi, bias, sink]
+    dq, dk, dv, *more = attention_backward(read, d_lse, tables, [total_q, total_k], *rest, wants_bias)
     none[:3] = dq, dk, dv
     none[7] = more.pop(0) if wants_bias else None
     none[8] = more.pop(0) if sink is not None else None

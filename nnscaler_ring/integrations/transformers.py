@@ -32,7 +32,23 @@ REMEMBERED = 16
 
 
 _APPLIED = "_nnscaler_ring_attention"
-"""What a module keeps of the `Attention` that was applied to it: one made later under the same name may have another target."""
+"""Where a module keeps the `_Applied` of the `Attention` that it was given."""
+
+
+class _Applied:
+    """The name and the target of an `Attention`: one made later under the same name may have another target.
+
+    Of this process: a module that was saved and loaded has none.
+    """
+
+    def __init__(self, name: str, target: str) -> None:
+        self.name, self.target = name, target
+
+    def __deepcopy__(self, memo: Any) -> _Applied:
+        return self
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 class Attention:
@@ -63,7 +79,7 @@ class Attention:
         self.name = name
         self.any_model = any_model
         self._padded = False
-        self._said = repr(self)
+        self._applied = _Applied(name, str(target._recipe) if isinstance(target, ContextParallel) else repr(target))
         self._known: OrderedDict[tuple[Any, ...], _Told] = OrderedDict()
         register(name, self, refuse_masks)
         if not isinstance(target, ContextParallel) and "nnscaler" in sys.modules:
@@ -96,7 +112,7 @@ class Attention:
                 if hasattr(module, "config"):
                     module.config._attn_implementation = self.name
         for module in model.modules():
-            setattr(module, _APPLIED, self._said)
+            setattr(module, _APPLIED, self._applied)
             if hasattr(module, "_update_causal_mask"):  # before 4.53: it makes a mask of all pairs
                 module._update_causal_mask = _no_mask
         return model
@@ -140,7 +156,8 @@ class Attention:
             ValueError: a mask; keys other than the queries'; positions that do not say where documents begin.
             NotImplementedError: attention weights asked for, or a kind of attention that is not told by its arguments.
         """
-        if getattr(module, _APPLIED, self._said) != self._said:
+        applied = getattr(module, _APPLIED, None)
+        if applied is not None and applied.name == self.name and applied.target != self._applied.target:
             self._refuse_name()
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         first = getattr(module, "layer_idx", None) == 0

@@ -87,7 +87,7 @@ def _merge(  # type: ignore[no-untyped-def]
     most = tl.where(most == float("-inf"), 0.0, most)  # none has seen anything
     kept, x0, x1, x2, x3 = tl.exp(old - most), tl.exp(x0 - most), tl.exp(x1 - most), tl.exp(x2 - most), tl.exp(x3 - most)
     total = kept + x0 + x1 + x2 + x3
-    some = total > 0
+    some = total != 0  # also a NaN, which stays one
     total = tl.where(some, total, 1.0)
     tl.store(lse + b * lse_b + end * lse_l + h * lse_h, tl.where(some, most + tl.log(total), float("-inf")), mask=there)
     column = tl.arange(0, WIDTH)[None, :]
@@ -182,8 +182,9 @@ def add_(out: Tensor, terms: Sequence[Tensor], at: Tensor | None = None) -> None
     given = [*terms, *[terms[0]] * (MOST + 1 - len(terms))]
     strides = [stride for x in (out, *given) for stride in x.stride()[:3]]
     table, at_l = (out, 0) if at is None else (at, at.stride(0))
+    exact = tl.float64 if max(x.element_size() for x in (out, *terms)) == 8 else tl.float32
     if rows:
         _add[(triton.cdiv(rows, ROWS),)](
             *(out, *given, table, rows, length, heads, width, at_l, *strides, len(terms), at is not None),
-            ROWS=ROWS, WIDTH=triton.next_power_of_2(width), EXACT=tl.float64 if terms[0].element_size() == 8 else tl.float32,
+            ROWS=ROWS, WIDTH=triton.next_power_of_2(width), EXACT=exact,
         )  # fmt: skip
