@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import packings
 from benchmarks.report import markdown
-from nnscaler_ring.core import held, merge, passes, sums
+from nnscaler_ring.core import held, merge, passes
 from nnscaler_ring.core.held import Part
 from nnscaler_ring.core.kernels import Case
 from nnscaler_ring.core.kernels.packed import Call, Packed, Read
@@ -124,8 +124,7 @@ class Moved(TorchDispatchMode):
         with ExitStack() as patches:
             for module in (held, merge, passes):
                 patches.enter_context(mock.patch.object(module, "at_once", lambda _: most))
-            for module in (merge, sums):
-                patches.enter_context(mock.patch.object(module, "fused", lambda: kernels))
+            patches.enter_context(mock.patch.object(held, "fused", lambda: kernels))
             patches.enter_context(mock.patch.object(held, "on_device", lambda table, _: torch.from_numpy(table)))
             patches.enter_context(mock.patch.object(passes, "kernel_for", lambda *_: Nothing()))
             patches.enter_context(mock.patch.object(PretendTransport, "start", lambda *_: lambda: None))

@@ -27,7 +27,7 @@ def test_the_limits(mask: str, layout: str) -> None:
 def test_rows_in_many_intervals_take_few_launches() -> None:
     """46 documents, each cut over 8 ranks: row by row, not interval by interval, of which there are 90. Half are tables sent."""
     forward, backward = count("packed mix", "zigzag-per-document", "ring").launches
-    assert forward <= 55 and backward <= 135
+    assert forward <= 52 and backward <= 123
 
 
 def test_one_rank_moves_nothing() -> None:

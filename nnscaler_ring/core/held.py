@@ -40,6 +40,13 @@ def fused() -> ModuleType | None:
     return None if importlib.util.find_spec("triton") is None else importlib.import_module(".kernels.fused", __package__)
 
 
+def together() -> ModuleType:
+    """`fused`, where several are put together at once and so it is there."""
+    kernel = fused()
+    assert kernel is not None, "where one is put together at once there are not so many"
+    return kernel
+
+
 class Layer(NamedTuple):
     """A part, and whose it is: rows ``lo:hi`` have its rows from `start` on, ``(lo, hi, start)``, in order and disjoint."""
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .held import Held, Part, Scattered, at_once, exact_dtype, fused
+from .held import Held, Part, Scattered, at_once, exact_dtype, together
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -29,9 +29,7 @@ def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[Part], fresh: bool, int
     """
     into = out if into is None else into
     if at_once(out.device.type) > 1 and not (fresh and len(parts) == 1):
-        kernel = fused()
-        assert kernel is not None
-        kernel.merge_(out, lse, parts, fresh, into)
+        together().merge_(out, lse, parts, fresh, into)
         return
     if fresh:
         into.copy_(parts[0][0])
@@ -101,10 +99,9 @@ class Results(Held):
         self.lse[:, rows].fill_(float("-inf"))
 
     def _scatter(self, pieces: Scattered, which: np.ndarray, into: Tensor | None) -> None:
-        fresh, kernel = not pieces.seen[which].any(), fused()
-        assert kernel is not None
+        fresh = not pieces.seen[which].any()
         out = into if into is not None and fresh else self.out
-        kernel.merge_(out, self.lse, [(x, lse) for x, lse in pieces.parts], fresh, into, pieces.table(which, self.device))
+        together().merge_(out, self.lse, [(x, lse) for x, lse in pieces.parts], fresh, into, pieces.table(which, self.device))
 
 
 def update_out_and_lse(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .held import Held, Part, Scattered, exact_dtype, fused
+from .held import Held, Part, Scattered, exact_dtype, together
 
 
 class Sum(Held):
@@ -77,7 +76,7 @@ class Sum(Held):
     def _scatter(self, pieces: Scattered, which: np.ndarray, into: Tensor | None) -> None:
         total = into if into is not None and not pieces.seen[which].any() else self._total
         terms = [total, *(x for (x,) in pieces.parts)]
-        _kernel().add_(total if into is None else into, terms, pieces.table(which, self.device))
+        together().add_(total if into is None else into, terms, pieces.table(which, self.device))
 
 
 class Whole:
@@ -114,10 +113,4 @@ def add_all(out: Tensor, terms: Sequence[Tensor]) -> None:
     elif len(terms) == 2 and terms[0] is out:
         out.add_(terms[1])
     else:
-        _kernel().add_(out, terms)
-
-
-def _kernel() -> ModuleType:
-    kernel = fused()
-    assert kernel is not None, "where one is added at once there are not so many"
-    return kernel
+        together().add_(out, terms)

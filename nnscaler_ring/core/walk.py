@@ -104,7 +104,7 @@ class KVSums:
 
     def add(self, rows: np.ndarray, part: KV) -> None:
         """Packed rows, end to end, for those of some intervals."""
-        at = index_of(rows, part.data.device) if len(rows) > MANY else None
+        at = index_of(rows, part.data.device) if len(rows) > MANY and self.v.most == 1 else None  # else by a table of rows
         for total, piece in zip((*self.k, self.v), (*part.k.chunk(len(self.k), -1), part.v), strict=True):
             if at is None:
                 total.add(rows, piece)

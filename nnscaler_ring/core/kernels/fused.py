@@ -32,17 +32,22 @@ def _row(at, number, at_l, column: tl.constexpr, there, TABLE: tl.constexpr):  #
 
 
 @triton.jit
-def _weight(w, b, row, h, w_b, w_l, w_h, there):  # type: ignore[no-untyped-def]
-    """The log-sum-exp of a part, -inf where the row has none of it."""
-    return tl.load(w + b * w_b + row * w_l + h * w_h, mask=there & (row >= 0), other=float("-inf"))
+def _where(b, row, h, x_b, x_l, x_h):  # type: ignore[no-untyped-def]
+    """Where the rows of heads begin in a tensor of these strides."""
+    return b * x_b + row * x_l + h * x_h
 
 
 @triton.jit
-def _weigh(total, part, b, row, h, part_b, part_l, part_h, column, inside, weight):  # type: ignore[no-untyped-def]
+def _weight(at, row, there):  # type: ignore[no-untyped-def]
+    """The log-sum-exp of a part, -inf where the row has none of it."""
+    return tl.load(at, mask=there & (row >= 0), other=float("-inf"))
+
+
+@triton.jit
+def _weigh(total, at, inside, weight):  # type: ignore[no-untyped-def]
     """A total and a part by its weight, which is 0 where it has seen nothing, whatever it holds there."""
     weight = weight.to(total.dtype)[:, None]
-    at = (b * part_b + row * part_l + h * part_h)[:, None] + column
-    come = tl.load(part + at, mask=inside & (weight > 0), other=0.0)
+    come = tl.load(at, mask=inside & (weight > 0), other=0.0)
     return total + come.to(total.dtype) * weight
 
 
@@ -63,47 +68,47 @@ def _merge(  # type: ignore[no-untyped-def]
     before = end
     if not FRESH:
         before = _row(at, number, at_l, 1, there, TABLE)
-        old = _weight(lse, b, before, h, lse_b, lse_l, lse_h, there)
+        old = _weight(lse + _where(b, before, h, lse_b, lse_l, lse_h), before, there)
     r0, r1, r2, r3 = end, end, end, end
     x0 = tl.full([ROWS], float("-inf"), exact)
     x1, x2, x3 = x0, x0, x0
     most = old
     if N > 0:
         r0 = _row(at, number, at_l, 2, there, TABLE)
-        x0 = _weight(w0, b, r0, h, w0_b, w0_l, w0_h, there).to(exact)
+        x0 = _weight(w0 + _where(b, r0, h, w0_b, w0_l, w0_h), r0, there).to(exact)
         most = tl.maximum(most, x0)
     if N > 1:
         r1 = _row(at, number, at_l, 3, there, TABLE)
-        x1 = _weight(w1, b, r1, h, w1_b, w1_l, w1_h, there).to(exact)
+        x1 = _weight(w1 + _where(b, r1, h, w1_b, w1_l, w1_h), r1, there).to(exact)
         most = tl.maximum(most, x1)
     if N > 2:
         r2 = _row(at, number, at_l, 4, there, TABLE)
-        x2 = _weight(w2, b, r2, h, w2_b, w2_l, w2_h, there).to(exact)
+        x2 = _weight(w2 + _where(b, r2, h, w2_b, w2_l, w2_h), r2, there).to(exact)
         most = tl.maximum(most, x2)
     if N > 3:
         r3 = _row(at, number, at_l, 5, there, TABLE)
-        x3 = _weight(w3, b, r3, h, w3_b, w3_l, w3_h, there).to(exact)
+        x3 = _weight(w3 + _where(b, r3, h, w3_b, w3_l, w3_h), r3, there).to(exact)
         most = tl.maximum(most, x3)
     most = tl.where(most == float("-inf"), 0.0, most)  # none has seen anything
     kept, x0, x1, x2, x3 = tl.exp(old - most), tl.exp(x0 - most), tl.exp(x1 - most), tl.exp(x2 - most), tl.exp(x3 - most)
     total = kept + x0 + x1 + x2 + x3
     some = total != 0  # also a NaN, which stays one
     total = tl.where(some, total, 1.0)
-    tl.store(lse + b * lse_b + end * lse_l + h * lse_h, tl.where(some, most + tl.log(total), float("-inf")), mask=there)
+    tl.store(lse + _where(b, end, h, lse_b, lse_l, lse_h), tl.where(some, most + tl.log(total), float("-inf")), mask=there)
     column = tl.arange(0, WIDTH)[None, :]
     inside = there[:, None] & (column < width)
     merged = tl.zeros([ROWS, WIDTH], EXACT)
     if not FRESH:
-        merged = _weigh(merged, out, b, before, h, out_b, out_l, out_h, column, inside, kept / total)
+        merged = _weigh(merged, out + _where(b, before, h, out_b, out_l, out_h)[:, None] + column, inside, kept / total)
     if N > 0:
-        merged = _weigh(merged, p0, b, r0, h, p0_b, p0_l, p0_h, column, inside, x0 / total)
+        merged = _weigh(merged, p0 + _where(b, r0, h, p0_b, p0_l, p0_h)[:, None] + column, inside, x0 / total)
     if N > 1:
-        merged = _weigh(merged, p1, b, r1, h, p1_b, p1_l, p1_h, column, inside, x1 / total)
+        merged = _weigh(merged, p1 + _where(b, r1, h, p1_b, p1_l, p1_h)[:, None] + column, inside, x1 / total)
     if N > 2:
-        merged = _weigh(merged, p2, b, r2, h, p2_b, p2_l, p2_h, column, inside, x2 / total)
+        merged = _weigh(merged, p2 + _where(b, r2, h, p2_b, p2_l, p2_h)[:, None] + column, inside, x2 / total)
     if N > 3:
-        merged = _weigh(merged, p3, b, r3, h, p3_b, p3_l, p3_h, column, inside, x3 / total)
-    into_at = into + (b * into_b + end * into_l + h * into_h)[:, None] + column
+        merged = _weigh(merged, p3 + _where(b, r3, h, p3_b, p3_l, p3_h)[:, None] + column, inside, x3 / total)
+    into_at = into + _where(b, end, h, into_b, into_l, into_h)[:, None] + column
     tl.store(into_at, merged.to(into.dtype.element_ty), mask=inside)
 
 
@@ -136,10 +141,9 @@ def merge_(
 
 
 @triton.jit
-def _term(p, b, row, h, p_b, p_l, p_h, column, inside):  # type: ignore[no-untyped-def]
+def _term(at, row, inside):  # type: ignore[no-untyped-def]
     """A term of a sum, 0 where the row has none of it."""
-    at = (b * p_b + row * p_l + h * p_h)[:, None] + column
-    return tl.load(p + at, mask=inside & (row >= 0)[:, None], other=0.0)
+    return tl.load(at, mask=inside & (row >= 0)[:, None], other=0.0)
 
 
 @triton.jit(do_not_specialize=("rows", "length", "at_l"))
@@ -155,20 +159,20 @@ def _add(  # type: ignore[no-untyped-def]
     inside = there[:, None] & (column < width)
     end = _row(at, number, at_l, 0, there, TABLE)
     r0 = _row(at, number, at_l, 1, there, TABLE)
-    total = _term(p0, b, r0, h, p0_b, p0_l, p0_h, column, inside).to(EXACT)
+    total = _term(p0 + _where(b, r0, h, p0_b, p0_l, p0_h)[:, None] + column, r0, inside).to(EXACT)
     if N > 1:
         r1 = _row(at, number, at_l, 2, there, TABLE)
-        total += _term(p1, b, r1, h, p1_b, p1_l, p1_h, column, inside).to(EXACT)
+        total += _term(p1 + _where(b, r1, h, p1_b, p1_l, p1_h)[:, None] + column, r1, inside).to(EXACT)
     if N > 2:
         r2 = _row(at, number, at_l, 3, there, TABLE)
-        total += _term(p2, b, r2, h, p2_b, p2_l, p2_h, column, inside).to(EXACT)
+        total += _term(p2 + _where(b, r2, h, p2_b, p2_l, p2_h)[:, None] + column, r2, inside).to(EXACT)
     if N > 3:
         r3 = _row(at, number, at_l, 4, there, TABLE)
-        total += _term(p3, b, r3, h, p3_b, p3_l, p3_h, column, inside).to(EXACT)
+        total += _term(p3 + _where(b, r3, h, p3_b, p3_l, p3_h)[:, None] + column, r3, inside).to(EXACT)
     if N > 4:
         r4 = _row(at, number, at_l, 5, there, TABLE)
-        total += _term(p4, b, r4, h, p4_b, p4_l, p4_h, column, inside).to(EXACT)
-    tl.store(out + (b * out_b + end * out_l + h * out_h)[:, None] + column, total.to(out.dtype.element_ty), mask=inside)
+        total += _term(p4 + _where(b, r4, h, p4_b, p4_l, p4_h)[:, None] + column, r4, inside).to(EXACT)
+    tl.store(out + _where(b, end, h, out_b, out_l, out_h)[:, None] + column, total.to(out.dtype.element_ty), mask=inside)
 
 
 def add_(out: Tensor, terms: Sequence[Tensor], at: Tensor | None = None) -> None:
