@@ -11,8 +11,11 @@ from nnscaler_ring.core.mask import build as build_mask
 from nnscaler_ring.core.plan import plan
 from nnscaler_ring.core.scaling import Shape, step_bytes
 
-LIMITS = {"causal": (0.02, 0.03), "full": (0.02, 0.03), "window 1,024": (0.05, 0.05), "packed mix": (0.05, 0.05)}
+LIMITS = {"causal": (0.02, 0.03), "full": (0.02, 0.03), "window 1,024": (0.03, 0.03), "packed mix": (0.035, 0.035)}
 """Of the forward pass and of the backward pass, for what `auto` takes."""
+
+LAUNCHES = {"causal": (4, 28), "window 1,024": (1, 6), "packed mix": (7, 19)}
+"""Besides the kernel's, of the busiest rank."""
 
 
 @pytest.mark.parametrize(("mask", "layout"), [(mask, layout) for mask, layout, transport in WAYS if transport == "auto"])
@@ -21,27 +24,26 @@ def test_the_limits(mask: str, layout: str) -> None:
     glue = count(mask, layout, "auto")
     for share, limit in zip(glue.share, LIMITS[mask], strict=True):
         assert 0 < share <= limit
-    assert glue.launches[0] <= 18 and glue.launches[1] <= 36
+    assert glue.launches == LAUNCHES[mask]
 
 
 def test_rows_in_many_intervals_take_few_launches() -> None:
-    """46 documents, each cut over 8 ranks: row by row, not interval by interval, of which there are 90. Half are tables sent."""
+    """46 documents, each cut over 8 ranks: row by row, not interval by interval, of which there are 90."""
     forward, backward = count("packed mix", "zigzag-per-document", "ring").launches
-    assert forward <= 52 and backward <= 123
+    assert forward <= 26 and backward <= 98
 
 
 def test_one_rank_moves_nothing() -> None:
-    """But its log-sum-exp: what a single call gives is the result, and its gradients are the gradients."""
-    forward, backward = count("causal", "contiguous", "auto", ranks=1).bytes
-    assert forward == 4 * 32 * 8192 * 4 and backward == 0
+    """What a single call gives is the result, and its gradients are the gradients."""
+    assert count("causal", "contiguous", "auto", ranks=1).bytes == (0, 0)
 
 
 def test_all_gather_of_a_full_mask() -> None:
-    """In shards of keys and values: each pass packs the own one and puts it beside the others'; the parts of all eight are made
-    fp32 to travel; what comes home is added up four at a time, and rounded once."""
+    """In shards of keys and values: each pass puts the own one beside the others'; the parts of all eight are made fp32 to travel;
+    what comes home is added up four at a time, and rounded once."""
     forward, backward = (size // 8 for size in count("full", "contiguous", "all_gather").bytes)
-    shard, own, lse = 8192 * 8 * 256 * 2, 4, 32 * 8192 * 4
-    assert forward == own * shard + 4 * lse
+    shard, own = 8192 * 8 * 256 * 2, 2
+    assert forward == own * shard
     assert backward == (own + 8 * (1 + 2) + (4 * 2 + 2) + (2 + 4 * 2 + 1)) * shard
 
 
@@ -82,12 +84,11 @@ def test_the_table() -> None:
     ],
 )
 def test_the_model_of_time_has_most_of_it(name: str, layout: str, transport: str) -> None:
-    """All but what leads to messages and from them, and the log-sum-exp."""
+    """All but what leads to messages and from them, within a tenth."""
     total, shape = 8 * 8192, Shape()
     seen, held = build_mask(total, **MASKS[name]), build(layout, total, 8)
     plans = [plan(seen, held, held, transport, rank) for rank in range(8)]
     counted = count(name, layout, transport).bytes
     for backward in (False, True):
         modelled = sum(step_bytes(each, t, shape, 4, backward) for each in plans for t in range(len(each.steps)))
-        messages, logs = 4 * total * shape.row, 4 * total * shape.heads * 4
-        assert modelled <= counted[backward] <= 1.1 * modelled + messages + logs
+        assert 0.9 * modelled <= counted[backward] <= 1.1 * modelled + 2 * total * shape.row

@@ -48,7 +48,7 @@ def test_a_graph_keeps_the_tables_that_it_reads_again(captured: list[torch.Tenso
     tables.on_device(np.arange(5), CPU)
     cu = packed.bounds((3, 4), torch.empty(1))
     assert [x.tolist() for x in captured] == [[0, 1, 2, 3, 4], [0, 3, 7]]
-    packed._held.cache_clear()  # the graph's stays
+    tables._made.cache_clear()  # the graph's stays
     assert captured[1].tolist() == cu.tolist() == [0, 3, 7]
 
 
@@ -59,6 +59,32 @@ def test_a_graph_keeps_the_tables_of_triton(captured: list[torch.Tensor]) -> Non
     q = torch.randn(1, 64, 1, 16)
     Triton().forward(q, q, q, np.array([[0, 64, 0, 64]]), (-1, 0), Scores(scale=0.25))
     assert len(captured) == 1
+
+
+def test_what_comes_again_is_made_once_and_sent_once() -> None:
+    """But for a graph, which sends its own whenever it runs, and on other streams, which would not wait."""
+    makes, sends = mock.Mock(return_value=[np.arange(3)]), mock.Mock(side_effect=lambda x, _: x.clone())
+    device, default = torch.device("cuda", 0), object()
+
+    def tables_of(*about: object) -> torch.Tensor:
+        return tables.resident(makes, device, *about)[0]
+
+    with (
+        mock.patch.object(tables, "send", sends),
+        mock.patch.object(tables, "readable", lambda table, _: torch.from_numpy(table)),
+        mock.patch.object(tables, "captures", return_value=False) as captures,
+        mock.patch.object(torch.cuda, "default_stream", return_value=default),
+        mock.patch.object(torch.cuda, "current_stream", return_value=default) as stream,
+    ):
+        first = tables_of("about", 1)
+        assert first is tables_of("about", 1) and (makes.call_count, sends.call_count) == (1, 1)
+        stream.return_value = object()
+        assert len({id(x) for x in [first, *(tables_of("about", 1) for _ in range(2))]}) == 3
+        stream.return_value, captures.return_value = default, True
+        assert tables_of("about", 1) is not first and (makes.call_count, sends.call_count) == (1, 4)
+        captures.return_value = False
+        assert tables_of("about", 1) is first and tables_of("about", 2) is not first
+        assert (makes.call_count, sends.call_count) == (2, 5)
 
 
 def test_nothing_is_kept_where_nothing_is_captured() -> None:

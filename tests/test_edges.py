@@ -32,7 +32,7 @@ from nnscaler_ring.core.relayout import _relayout, gather, relayout
 from nnscaler_ring.core.steps import Message
 from nnscaler_ring.core.sums import Sum
 from nnscaler_ring.core.transport import LocalTransport, transport_of
-from nnscaler_ring.core.walk import KV, KVSums, put
+from nnscaler_ring.core.walk import KV, KVSums, outgoing, put
 from tests import oracle
 from tests.interpreter import skip_without_triton
 from tests.worlds import no_faults, refusal, told
@@ -457,8 +457,8 @@ def test_rows_at_many_intervals() -> None:
         want[lo:hi] = part[start : start + hi - lo] + 1
         start += hi - lo
     assert torch.equal(got, want)
-    keys, brought = KV(data[:, None].clone(), 1, (2, 1)), KV(part[:, None].half(), 1, (2, 1))
-    sums = KVSums([Sum(x) for x in keys.k.chunk(2, -1)], Sum(keys.v))
+    own, brought = (KV(x[:, None, None, :2], x[:, None, None, 2:]) for x in (data, part.half()))
+    sums = KVSums([Sum(x) for x in own.k.chunk(2, -1)], Sum(own.v))
     for _ in range(2):
         sums.add(rows, brought)
     want = torch.zeros_like(data).index_copy_(
@@ -468,29 +468,35 @@ def test_rows_at_many_intervals() -> None:
     assert torch.equal(got[0, :, 0], want)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(
     ("wanted", "copied"),
     [
-        ([], 0),
-        ([[]], 0),
-        ([[(0, 64)]], 64),
-        ([[(0, 8)], [], [(56, 64)]], 16),
-        ([[(0, 4)]] * 20, 4),  # the same to all
-        ([[(0, 40)], [(20, 64)]], 64),  # each by itself would be more
-        ([[(2 * n, 2 * n + 1) for n in range(20)]], 39),  # fewer rows, but in many copies
+        ([], (0, 0)),
+        ([[]], (0, 0)),
+        ([[(0, 64)]], (0, 64)),
+        ([[(0, 8)], [], [(56, 64)]], (0, 16)),
+        ([[(0, 4)]] * 20, (0, 4)),  # the same to all
+        ([[(0, 40)], [(20, 64)]], (0, 64)),  # each by itself would be more
+        ([[(0, 4), (8, 12)]] * 3, (8, 8)),
+        ([[(2 * n, 2 * n + 1) for n in range(20)]], (20, 20)),
     ],
 )
-def test_what_is_packed_to_be_sent(wanted: list[list[tuple[int, int]]], copied: int) -> None:
-    k, v = torch.randn(2, 64, 3, 4), torch.randn(2, 64, 3, 5)
+def test_what_is_put_together_to_be_sent(wanted: list[list[tuple[int, int]]], copied: tuple[int, int], batch: int) -> None:
+    """Of one batch row nothing is copied but what lies apart."""
+    own = KV.of(torch.randn(batch, 64, 3, 4), torch.randn(batch, 64, 3, 5))
     messages = [Message(peer, np.array(rows, dtype=np.int64).reshape(-1, 2)) for peer, rows in enumerate(wanted)]
-    with mock.patch.object(KV, "make", wraps=KV.make) as made:
-        packed = KV.pack(messages, k, v)
-        got = [packed(m.rows) for m in messages]
-    assert sum(call.args[0] for call in made.call_args_list) == copied
-    for data, rows in zip(got, wanted, strict=True):
-        at = [row for lo, hi in rows for row in range(lo, hi)]
-        held = KV(data, 3, (4, 5))
-        assert data.is_contiguous() and torch.equal(held.k, k[:, at]) and torch.equal(held.v, v[:, at])
+    sent = outgoing(own, messages)
+    got = [sent(m.rows) for m in messages]
+    for held, whole in ((x, y) for rows in got for x, y in zip(rows, own, strict=True)):
+        assert held.is_contiguous() and held.shape[1:] == whole.shape[1:]
+    for rows, at in zip(got, wanted, strict=True):
+        index = [row for lo, hi in at for row in range(lo, hi)]
+        assert torch.equal(rows.k, own.k[:, index]) and torch.equal(rows.v, own.v[:, index])
+    for part, one in (("keys", 12), ("values", 15)):
+        made = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in (getattr(rows, part) for rows in got)}
+        made.pop(getattr(own, part).untyped_storage().data_ptr(), None)
+        assert sum(made.values()) == copied[batch - 1] * batch * one * 4
 
 
 def test_a_layout_that_is_none() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,6 +41,38 @@ def on_device(table: Tensor | np.ndarray, device: torch.device) -> Tensor:
     return send(readable(table, device.type), device)
 
 
+Made = Callable[..., Sequence[np.ndarray]]
+
+
+def resident(make: Made, device: torch.device, *about: Hashable) -> Sequence[Tensor]:
+    """The tables ``make(*about)`` on a device, those that come again made once and, where they may stay, sent once.
+
+    Nobody writes to them.
+    """
+    return (_sent if _may_stay(device) else _sent.__wrapped__)(make, device, *about)
+
+
+def _may_stay(device: torch.device) -> bool:
+    """What is sent now can be read by later calls.
+
+    Those on other streams than the default one would not wait for it, and what is allocated on them may be in the memory of a CUDA
+    graph: torch.compile warms one up on a stream of its own.
+    """
+    if device.type == "cuda" and torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+        return False
+    return device.type != "xpu" and not captures(device)  # XPUs have no default stream
+
+
+@lru_cache(maxsize=256)
+def _sent(make: Made, device: torch.device, *about: Hashable) -> Sequence[Tensor]:
+    return [send(table, device) for table in _made(make, device.type, *about)]
+
+
+@lru_cache(maxsize=256)
+def _made(make: Made, device: str, *about: Hashable) -> Sequence[Tensor]:
+    return [readable(table, device) for table in make(*about)]
+
+
 def on_host(table: Tensor) -> Tensor:
     """A table of integers on the host, int64; one on a GPU is read, which waits for it.
 
@@ -51,12 +86,18 @@ def on_host(table: Tensor) -> Tensor:
 
 def index_of(rows: np.ndarray, device: torch.device) -> Tensor:
     """The rows of some intervals ``[n, 2]`` one by one."""
-    return on_device(ranges(rows[:, 0], rows[:, 1] - rows[:, 0]), device)
+    (index,) = resident(_one_by_one, device, rows.astype(np.int64).tobytes())
+    return index
 
 
-def take(x: Tensor, rows: np.ndarray, dim: int = 0, index: Tensor | None = None) -> Tensor:
-    """The rows of some intervals ``[n, 2]`` end to end, by their `index` if that is there: a view where it is one interval."""
-    if len(rows) > MANY or index is not None:
-        return x.index_select(dim, index_of(rows, x.device) if index is None else index)
+def _one_by_one(intervals: bytes) -> Sequence[np.ndarray]:
+    rows = np.frombuffer(intervals, dtype=np.int64).reshape(-1, 2)
+    return [ranges(rows[:, 0], rows[:, 1] - rows[:, 0])]
+
+
+def take(x: Tensor, rows: np.ndarray, dim: int = 0) -> Tensor:
+    """The rows of some intervals ``[n, 2]`` end to end: a view where it is one interval."""
+    if len(rows) > MANY:
+        return x.index_select(dim, index_of(rows, x.device))
     parts = [x.narrow(dim, lo, hi - lo) for lo, hi in rows.tolist()]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)

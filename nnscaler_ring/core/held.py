@@ -222,8 +222,7 @@ class Held(ABC):
         """A part that has all rows in `dtype`, contiguous, in memory that is no other tensor's; it is no longer held."""
         for n, (at, part) in enumerate(self._held):
             first = part[0]
-            alone = first.is_contiguous() and first.untyped_storage().nbytes() == first.nbytes > 0
-            if at == [(0, first.shape[1], 0)] and first.shape[1] == len(self._seen) and first.dtype == dtype and alone:
+            if at == [(0, first.shape[1], 0)] and first.shape[1] == len(self._seen) and first.dtype == dtype and alone(first):
                 del self._held[n]
                 return part
         return None
@@ -244,6 +243,11 @@ class Held(ABC):
     def _scatter(self, pieces: Scattered, which: np.ndarray, into: Tensor | None) -> None:
         """Put together the rows of those of `pieces`, which have up to `most` parts, in `into` or where they were; rows of which
         nothing has come are cleared."""
+
+
+def alone(x: Tensor) -> bool:
+    """Whether a tensor is contiguous, in memory that is no other's."""
+    return x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes > 0
 
 
 def _layers(intervals: np.ndarray, part: Part) -> list[Layer]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .held import Held, Part, Scattered, at_once, exact_dtype, together
+from .held import Held, Part, Scattered, alone, at_once, exact_dtype, together
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -41,25 +41,46 @@ def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[Part], fresh: bool, int
         lse.copy_(torch.logaddexp(lse, part_lse))
 
 
+def empty_lse(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory for the log-sum-exp ``[B, L, H, 1]`` of ``[B, L, H, ...]``; it lies as kernels give it, heads first."""
+    batch, rows, heads = like.shape[:3]
+    return like.new_empty((batch, heads, rows), dtype=dtype).transpose(1, 2).unsqueeze(3)
+
+
 class Results(Held):
     """out ``[B, L, H, Dv]`` and lse ``[B, L, H, 1]`` of calls over disjoint keys; a part is the same of some rows.
 
     Args:
-        lse: where the log-sum-exp ends, uninitialised.
+        like: a tensor ``[B, L, H, ...]``.
         width: Dv.
-        dtype: in which out is merged.
-        out: memory to merge it in, uninitialised; None: made, or taken, when it is needed.
+        dtype, lse_dtype: in which they are merged.
+        out, lse: memory to merge them in, uninitialised; None: made, or taken, when it is needed.
     """
 
-    def __init__(self, lse: Tensor, width: int, dtype: torch.dtype, out: Tensor | None = None) -> None:
-        super().__init__(lse.shape[1], lse.device)
-        self.lse, self._shape, self._dtype, self._made = lse, (*lse.shape[:3], width), dtype, out
+    def __init__(
+        self,
+        like: Tensor,
+        width: int,
+        dtype: torch.dtype,
+        lse_dtype: torch.dtype,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> None:
+        super().__init__(like.shape[1], like.device)
+        self._like, self._width, self._dtype, self._lse_dtype = like, width, dtype, lse_dtype
+        self._out, self._lse = out, lse
 
     @property
     def out(self) -> Tensor:
-        if self._made is None:
-            self._made = self.lse.new_empty(self._shape, dtype=self._dtype)
-        return self._made
+        if self._out is None:
+            self._out = self._like.new_empty((*self._like.shape[:3], self._width), dtype=self._dtype)
+        return self._out
+
+    @property
+    def lse(self) -> Tensor:
+        if self._lse is None:
+            self._lse = empty_lse(self._like, self._lse_dtype)
+        return self._lse
 
     def result(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """The end: out in `dtype`, rounded once; in `into`, or where it was merged if that has this dtype.
@@ -69,7 +90,7 @@ class Results(Held):
         if dtype == self._dtype:
             self.finish()
             return self.out
-        into = self.lse.new_empty(self._shape, dtype=dtype) if into is None else into
+        into = self._like.new_empty((*self._like.shape[:3], self._width), dtype=dtype) if into is None else into
         pieces = self._pieces(0, len(self._seen))
         if self._scattered(pieces):
             self._by_table(pieces, into=into)
@@ -86,9 +107,12 @@ class Results(Held):
         return into
 
     def _start(self) -> None:
-        if self._made is None and (part := self._taken(self._dtype)):
-            self._made, lse = part
-            self.lse.copy_(lse)
+        if self._out is None and (part := self._taken(self._dtype)):
+            self._out, lse = part
+            if self._lse is None and lse.dtype == self._lse_dtype and alone(lse.squeeze(3).transpose(1, 2)):
+                self._lse = lse
+            else:
+                self.lse.copy_(lse)
             self._seen[:] = True
 
     def _combine(self, rows: slice, parts: Sequence[Part], seen: bool) -> None:

@@ -21,7 +21,7 @@ from .heads import Pack, Team, team_of, teams, to_heads, to_tokens
 from .held import at_once, exact_dtype
 from .kernels import Case, Grad, Kernel, Scores
 from .layout import Layout
-from .merge import Results
+from .merge import Results, empty_lse
 from .plan import ALL_TO_ALL, plan
 from .recipe import Recipe, content, layout_of, mask_of
 from .scaling import Shape, machine_of, row_transport
@@ -234,12 +234,14 @@ def _attend(
     end = q.dtype if extras.sink is None else exact
     dtype = exact if again else end
     summed = torch.float64 if again and q.device.type != "xpu" else exact  # not every XPU has it
-    lse = q.new_empty((*q.shape[:3], 1), dtype=summed)
     scores = replace(job.scores(plan, extras, q.device), merged=plan.num_merges > 0)
     k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
     split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
-    joined = [] if len(split) == 1 else [q.new_empty((*q.shape[:3], v.shape[3]), dtype=end)]
-    found = [Results(lse[:, :, hq], v.shape[3], dtype, *(x[:, :, hq] for x in joined if dtype == end)) for hq, _ in split]
+    joined = [] if len(split) == 1 else [q.new_empty((*q.shape[:3], v.shape[3]), dtype=end), empty_lse(q, summed)]
+    found = []
+    for hq, _ in split:
+        out, lse = (x[:, :, hq] for x in joined) if joined else (None, None)
+        found.append(Results(q[:, :, hq], v.shape[3], dtype, summed, out if dtype == end else None, lse))
 
     def visit(n: int) -> Visit:
         heads, results = split[n][0], found[n]
@@ -259,8 +261,8 @@ def _attend(
     if k.shape[2]:
         kernel = _kernel(job.recipe, q, k, v, extras)
     yield from staggered([walk(plan, k[:, :, hk], v[:, :, hk], visit(n), None, None) for n, (_, hk) in enumerate(split)])
-    ends = [results.result(end, *(x[:, :, hq] for x in joined)) for results, (hq, _) in zip(found, split, strict=True)]
-    out = (*joined, *ends)[0]
+    ends = [results.result(end, *(x[:, :, hq] for x in joined[:1])) for results, (hq, _) in zip(found, split, strict=True)]
+    out, lse = joined or (ends[0], found[0].lse)
     if extras.sink is not None:  # one more key, without a value
         sink = extras.sink.to(exact).view(-1, 1)
         out *= torch.sigmoid(lse - sink).nan_to_num_(nan=0.0)  # -inf less -inf: there is nothing

@@ -1,13 +1,14 @@
 """The only loop over ring steps: key/value rows go out ahead of time, gradients come home.
 
-A row of a buffer is all that a token has: keys of every batch row and head, then values. So any rows are one slice of memory.
+Keys and values of a step share one buffer, rows first in each half: any rows are one slice of either, so that they are sent from
+where they lie and received where they are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from math import prod
 
 import numpy as np
 import torch
@@ -24,69 +25,73 @@ Visit = Callable[[Step, Tensor, Tensor, "KVSums | None"], None]
 
 @dataclass(frozen=True, eq=False)
 class KV:
-    """Packed rows ``[n, B, Hk * (D + Dv)]`` of keys and values, or of their gradients."""
+    """Rows of keys ``[n, B, Hk, D]`` and of values ``[n, B, Hk, Dv]``, or of their gradients."""
 
-    data: Tensor
-    heads: int
-    dims: tuple[int, int]
-
-    @classmethod
-    def make(cls, size: int, k: Tensor, v: Tensor, dtype: torch.dtype) -> KV:
-        """Uninitialised rows for keys and values like k and v."""
-        width = k.shape[2] * (k.shape[3] + v.shape[3])
-        return cls(torch.empty(size, k.shape[0], width, dtype=dtype, device=k.device), k.shape[2], (k.shape[3], v.shape[3]))
+    keys: Tensor
+    values: Tensor
 
     @classmethod
-    def pack(cls, messages: Sequence[Message], k: Tensor, v: Tensor) -> Callable[[np.ndarray], Tensor]:
-        """`take` from the rows of ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]`` that messages are about.
+    def of(cls, k: Tensor, v: Tensor) -> KV:
+        """The rows of ``[B, n, Hk, D]`` and ``[B, n, Hk, Dv]``, where they lie."""
+        return cls(k.transpose(0, 1), v.transpose(0, 1))
 
-        Packed at once for all messages, or what each is about by itself where that is less to copy, in few copies.
-        """
-        wanted = {m.rows.tobytes(): m.rows for m in messages}  # several peers may want the same
-        bounds = np.concatenate([np.empty((0, 2), dtype=np.int64), *wanted.values()])
-        first = int(bounds[:, 0].min(initial=k.shape[1]))
-        end = int(bounds[:, 1].max(initial=first))
-        apart = len(bounds) <= 2 * MANY and (bounds[:, 1] - bounds[:, 0]).sum() < end - first
-
-        def packed(rows: np.ndarray) -> Tensor:
-            made, start = cls.make(int((rows[:, 1] - rows[:, 0]).sum()), k, v, k.dtype), 0
-            for lo, hi in rows.tolist():
-                made.k[:, start : start + hi - lo].copy_(k[:, lo:hi])
-                made.v[:, start : start + hi - lo].copy_(v[:, lo:hi])
-                start += hi - lo
-            return made.data
-
-        if apart:
-            each = {key: packed(rows) for key, rows in wanted.items()}
-            return lambda rows: each[rows.tobytes()]
-        whole = packed(np.array([[first, end]]))
-        return lambda rows: take(whole, rows - first)
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.keys, self.values))
 
     @property
     def k(self) -> Tensor:
         """``[B, n, Hk, D]`` view."""
-        return self.data[..., : self.heads * self.dims[0]].unflatten(-1, (self.heads, self.dims[0])).transpose(0, 1)
+        return self.keys.transpose(0, 1)
 
     @property
     def v(self) -> Tensor:
         """``[B, n, Hk, Dv]`` view."""
-        return self.data[..., self.heads * self.dims[0] :].unflatten(-1, (self.heads, self.dims[1])).transpose(0, 1)
+        return self.values.transpose(0, 1)
 
-    def over(self, data: Tensor) -> KV:
-        """Other rows of this kind."""
-        return KV(data, self.heads, self.dims)
+    def __getitem__(self, rows: slice) -> KV:
+        """Some rows, where they lie."""
+        return KV(self.keys[rows], self.values[rows])
 
     def part(self, step: Step) -> KV:
         """The buffer of a step in its memory."""
-        return self.over(self.data[step.at : step.at + step.size])
+        return self[step.at : step.at + step.size]
+
+    def take(self, rows: np.ndarray) -> KV:
+        """The rows of some intervals, end to end: where they lie, if it is one interval."""
+        return KV(*(take(x, rows) for x in self))
+
+    def contiguous(self) -> KV:
+        return KV(*(x.contiguous() for x in self))
+
+    def to(self, dtype: torch.dtype) -> KV:
+        return KV(*(x.to(dtype) for x in self))
 
     def empty(self, size: int, dtype: torch.dtype) -> KV:
-        """Uninitialised rows of this kind."""
-        return self.over(self.data.new_empty(size, *self.data.shape[1:], dtype=dtype))
+        """Uninitialised rows of this kind, in one buffer."""
+        widths = [prod(x.shape[1:]) for x in self]
+        halves = self.keys.new_empty(size * sum(widths), dtype=dtype).split([size * width for width in widths])
+        return KV(*(half.view(size, *x.shape[1:]) for half, x in zip(halves, self, strict=True)))
 
     def like(self, dtype: torch.dtype) -> KV:
         """As many uninitialised rows."""
-        return self.empty(len(self.data), dtype)
+        return self.empty(len(self.keys), dtype)
+
+
+def outgoing(own: KV, messages: Sequence[Message]) -> Callable[[np.ndarray], KV]:
+    """`KV.take` of the own shard for the rows that messages are about, contiguous.
+
+    What several peers want is put together once. Where rows do not lie end to end, as with several batch rows, those that messages
+    are about are copied, or all between the first and the last of them if that is not more.
+    """
+    wanted = {m.rows.tobytes(): m.rows for m in messages}
+    bounds = np.concatenate([np.empty((0, 2), dtype=np.int64), *wanted.values()])
+    first, end = int(bounds[:, 0].min(initial=len(own.keys))), int(bounds[:, 1].max(initial=0))
+    if (bounds[:, 1] - bounds[:, 0]).sum() < end - first:
+        first = 0
+    elif first < end:
+        own = own[first:end].contiguous()
+    made = {key: own.take(rows - first).contiguous() for key, rows in wanted.items()}
+    return lambda rows: made[rows.tobytes()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +104,12 @@ class KVSums:
 
     @classmethod
     def inside(cls, rows: KV, parts: int) -> KVSums:
-        """In the memory of packed rows, uninitialised."""
+        """In the memory of rows, uninitialised."""
         return cls([Sum(x, x) for x in rows.k.chunk(parts, -1)], Sum(rows.v, rows.v), rows)
 
     def add(self, rows: np.ndarray, part: KV) -> None:
-        """Packed rows, end to end, for those of some intervals."""
-        at = index_of(rows, part.data.device) if len(rows) > MANY and self.v.most == 1 else None  # else by a table of rows
+        """Rows, end to end, for those of some intervals."""
+        at = index_of(rows, part.keys.device) if len(rows) > MANY and self.v.most == 1 else None  # else by a table of rows
         for total, piece in zip((*self.k, self.v), (*part.k.chunk(len(self.k), -1), part.v), strict=True):
             if at is None:
                 total.add(rows, piece)
@@ -144,13 +149,14 @@ def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None
         home: the sums of the gradients of the own shard; None in the forward pass.
         wire: dtype in which gradients travel; None in the forward pass.
     """
-    arriving = yield from _fetch(plan, 1, None, k, v)
+    own = KV.of(k, v)
+    arriving = yield from _fetch(plan, 1, None, own)
     visit(plan.steps[0], k, v, home)
     settle: Callable[[KVSums | None, int], None] = lambda grads, at: None  # noqa: E731
     opened = 1
     for t in range(1, len(plan.steps)):
         memory, step = arriving(), plan.steps[t]
-        arriving = yield from _fetch(plan, t + 1, memory, k, v)
+        arriving = yield from _fetch(plan, t + 1, memory, own)
         if not step.ends:
             continue
         grads = None if home is None else KVSums.inside(memory.like(exact_dtype(k.dtype)), len(home.k))
@@ -165,30 +171,31 @@ def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None
     settle(None, 0)
 
 
-def _fetch(plan: RankPlan, t: int, memory: KV | None, k: Tensor, v: Tensor) -> Generator[Exchange, Wait, Callable[[], KV]]:
+def _fetch(plan: RankPlan, t: int, memory: KV | None, own: KV) -> Generator[Exchange, Wait, Callable[[], KV]]:
     """Start filling the buffer of step `t`; returns how to wait for its memory.
 
     Ranks send rows of the buffer before, which is in `memory`, or of their own shard where that is None.
     """
     if t >= len(plan.steps):
-        return lambda: KV.make(0, k, v, k.dtype)
+        return lambda: own[:0]
     step = plan.steps[t]
     receive, send = _pieces(step.receive), _pieces(step.send)
-    packed = KV.pack(send, k, v) if memory is None else partial(take, memory.part(plan.steps[t - 1]).data)
-    memory = KV.make(step.room, k, v, k.dtype) if memory is None or plan.steps[t - 1].ends else memory
+    sent = outgoing(own, send) if memory is None else memory.part(plan.steps[t - 1]).take
+    memory = own.empty(step.room, own.keys.dtype) if memory is None or plan.steps[t - 1].ends else memory
     filled, buffer = memory, memory.part(step)
-    inbox = [(m, room(buffer.data, m.rows)) for m in receive]
-    outbox = [(m.peer, packed(m.rows)) for m in send]
-    del packed
-    wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in inbox], k.device)
+    inbox = [(m, KV(*(room(x, m.rows) for x in buffer))) for m in receive]
+    outbox = [(m.peer, sent(m.rows)) for m in send]
+    del sent
+    wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in inbox], own.keys.device)
 
     def arrived() -> KV:
         wait()
-        own = iter([x for peer, x in outbox if peer == plan.rank])
-        for message, data in inbox:
-            data = next(own) if message.peer == plan.rank else data
+        copies = iter([x for peer, x in outbox if peer == plan.rank])
+        for message, rows in inbox:
+            came = next(copies) if message.peer == plan.rank else rows
             if len(message.rows) > 1 or message.peer == plan.rank:
-                put(buffer.data, message.rows, data)
+                for x, part in zip(buffer, came, strict=True):
+                    put(x, message.rows, part)
         outbox.clear()
         return filled
 
@@ -203,12 +210,12 @@ def _send_home(
     home_send, home_receive = _pieces(step.home_send), _pieces(step.home_receive)
     own = [m for m in home_receive if m.peer == plan.rank]
     for message, rows in zip((m for m in home_send if m.peer == plan.rank), own, strict=True):
-        home.add(rows.rows, grads.over(take(grads.data, message.rows)))
+        home.add(rows.rows, grads.take(message.rows))
     send = [m for m in (*home_send, *(m for s in onward for m in s.send)) if m.peer != plan.rank]
     to_home = [(m, grads.empty(m.size, wire)) for m in home_receive if m.peer != plan.rank]
     to_next = [(m, grads.empty(m.size, wire)) for s in onward for m in s.receive]
-    outbox = [(m.peer, take(grads.data, m.rows).to(wire)) for m in send]
-    wait = yield _to_others(plan, outbox, [(m.peer, x.data) for m, x in (*to_home, *to_next)], grads.data.device)
+    outbox = [(m.peer, grads.take(m.rows).to(wire)) for m in send]
+    wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in (*to_home, *to_next)], grads.keys.device)
 
     def settle(following: KVSums | None, at: int) -> None:
         wait()
@@ -226,12 +233,12 @@ def _pieces(messages: Sequence[Message]) -> list[Message]:
     return [piece for m in messages for piece in m.pieces]
 
 
-Mail = Sequence[tuple[int, Tensor]]
+Mail = Sequence[tuple[int, KV]]
 
 
 def _to_others(plan: RankPlan, send: Mail, receive: Mail, device: torch.device) -> Exchange:
-    """The messages that travel: not a rank's to itself, and none without content."""
-    out, back = ([(peer, x) for peer, x in mail if peer != plan.rank and x.numel()] for mail in (send, receive))
+    """The messages that travel, keys and then values: not a rank's to itself, and none without content."""
+    out, back = ([(peer, x) for peer, rows in mail if peer != plan.rank for x in rows if x.numel()] for mail in (send, receive))
     return Exchange(out, back, device)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..device import MANY, index_of, on_device, readable, send, take
+from ..device import on_device, resident, take
 from ..geometry import coalesce
 from ..sums import Sum
 from .base import Grad, Kernel, Scores, Spans, Window
@@ -141,7 +140,6 @@ class Packing:
     def __init__(self, spans: Spans, q: Tensor) -> None:
         self.single, self._like = len(spans) == 1, q
         self._sides = coalesce(spans[:, :2]), coalesce(spans[:, 2:])
-        self._sent: dict[int, Tensor] = {}
         self.num_q = tuple((spans[:, 1] - spans[:, 0]).tolist()) * q.shape[0]
         self.num_k = tuple((spans[:, 3] - spans[:, 2]).tolist()) * q.shape[0]
 
@@ -178,13 +176,9 @@ class Packing:
         return x if self.single else x.unflatten(0, (batch, -1))
 
     def _take(self, x: Tensor, side: int) -> Tensor:
-        """The rows that spans have of queries, 0, or of keys, 1; what names them is sent once."""
+        """The rows that spans have of queries, 0, or of keys, 1."""
         rows = self._sides[side]
-        if self.single:
-            return x[:, slice(*rows[0])]
-        if len(rows) > MANY and side not in self._sent:
-            self._sent[side] = index_of(rows, x.device)
-        return take(x, rows, 1, self._sent.get(side)).flatten(0, 1)
+        return x[:, slice(*rows[0])] if self.single else take(x, rows, 1).flatten(0, 1)
 
     def add(self, total: Sum, part: Tensor, side: int) -> None:
         """Add a gradient of the spans' rows of queries, 0, or of keys, 1, which spans may share."""
@@ -193,13 +187,12 @@ class Packing:
 
 def bounds(counts: Sequence[int], like: Tensor) -> Tensor:
     """int32 boundaries of rows end to end, on the device of `like` without a sync."""
-    return send(_held(tuple(counts), like.device.type), like.device)
+    (table,) = resident(_bounds, like.device, tuple(counts))
+    return table
 
 
-@lru_cache(maxsize=256)
-def _held(counts: tuple[int, ...], device: str) -> Tensor:
-    """Boundaries in memory that the device can read."""
-    return readable(np.cumsum([0, *counts], dtype=np.int32), device)
+def _bounds(counts: tuple[int, ...]) -> Sequence[np.ndarray]:
+    return [np.cumsum([0, *counts], dtype=np.int32)]
 
 
 def pad(*tensors: Tensor, width: int | None = None) -> list[Tensor]:

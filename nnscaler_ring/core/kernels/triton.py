@@ -8,7 +8,7 @@ the block sizes are chosen by registers and shared memory, not by timing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from types import MappingProxyType
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..device import readable, send
+from ..device import resident
 from ..geometry import union
 from ..layout import ranges
 from .base import Case, Grad, Kernel, Scores, Spans, Window
@@ -264,22 +264,18 @@ def _bias_strides(bias: Tensor) -> tuple[int, int, int]:
 # -- the tables ------------------------------------------------------------------------------------------------------------------
 
 
-def _tables(kind: str, spans: Spans, window: Window, blocks: Blocks, device: torch.device) -> list[Tensor]:
-    """A table per kernel on the device; copied anew for each call: another stream would not wait for it."""
-    rows = np.ascontiguousarray(spans, dtype=np.int64).tobytes()
-    held = _held(kind, rows, window, blocks.rows, blocks.keys, device.type)
-    return [send(x, device) for x in held]
+def _tables(kind: str, spans: Spans, window: Window, blocks: Blocks, device: torch.device) -> Sequence[Tensor]:
+    """A table per kernel on the device."""
+    return resident(_made, device, kind, np.ascontiguousarray(spans, dtype=np.int64).tobytes(), window, blocks.rows, blocks.keys)
 
 
-@lru_cache(maxsize=256)
-def _held(kind: str, spans: bytes, window: Window, block_rows: int, block_keys: int, device: str) -> list[Tensor]:
-    """The tables in memory that the device can read."""
+def _made(kind: str, spans: bytes, window: Window, block_rows: int, block_keys: int) -> Sequence[np.ndarray]:
     given = np.frombuffer(spans, dtype=np.int64).reshape(-1, 4)
     left, right = _sides(window)
     made = [row_tiles(given, left, right, block_rows, block_keys)]
     if kind == "keys":
         made = list(key_tiles(given, left, right, block_rows, block_keys))
-    return [readable(x.astype(np.int32), device) for x in made]
+    return [x.astype(np.int32) for x in made]
 
 
 def row_tiles(spans: Spans, left: int, right: int, block_rows: int, block_keys: int) -> np.ndarray:
