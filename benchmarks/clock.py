@@ -84,12 +84,14 @@ def timed(run: Pass, kernel: Kernel, clock: Clock) -> Times:
     inside: list[tuple[Any, Any, int]] = []
     aside: list[list[tuple[Any, Any]]] = [[]]
 
-    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(name: str, spans: int) -> Callable[..., Any]:
+        call = getattr(kernel, name)
+
         def wrapper(*args: Any) -> Any:
             aside[-1].clear()
             start = clock.mark()
             result = call(*args)
-            inside.append((start, clock.mark(), len(args[3])))
+            inside.append((start, clock.mark(), len(args[spans])))
             aside.append([])
             return result
 
@@ -103,8 +105,11 @@ def timed(run: Pass, kernel: Kernel, clock: Clock) -> Times:
 
         return wrapper
 
+    calls = {"forward": watched("forward", 3), "backward": watched("backward", 3)}
+    if type(kernel).merge is not Kernel.merge:  # which calls `forward`
+        calls["merge"] = watched("merge", 4)
     with (
-        mock.patch.multiple(kernel, forward=watched(kernel.forward), backward=watched(kernel.backward)),
+        mock.patch.multiple(kernel, **calls),
         mock.patch.multiple(Held, flush=noted(Held.flush), finish=noted(Held.finish)),
     ):
         start, began = clock.start(), time.perf_counter()
@@ -115,9 +120,9 @@ def timed(run: Pass, kernel: Kernel, clock: Clock) -> Times:
         clock.wait()
     others = [sum(clock.seconds(a, b) for a, b in marks) for marks in aside]
     kernels = [clock.seconds(a, b) - other for (a, b, _), other in zip(inside, others, strict=False)]
-    calls = [spans for _, _, spans in inside]
+    spans = [number for _, _, number in inside]
     forward, both = clock.seconds(start, between), clock.seconds(start, end)
-    return Times(forward, both, sum(kernels[:first]), sum(kernels), host, sum(calls[:first]), sum(calls))
+    return Times(forward, both, sum(kernels[:first]), sum(kernels), host, sum(spans[:first]), sum(spans))
 
 
 def peak(run: Pass, device: str) -> int:

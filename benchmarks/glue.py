@@ -22,9 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import packings
 from benchmarks.report import markdown
 from nnscaler_ring.core import held, merge, passes
-from nnscaler_ring.core.held import Part
-from nnscaler_ring.core.kernels import Case
+from nnscaler_ring.core.geometry import covered
+from nnscaler_ring.core.held import AGAIN, MORE, Part, Place
+from nnscaler_ring.core.kernels import Case, Grad, Scores
+from nnscaler_ring.core.kernels.base import Spans, Window
 from nnscaler_ring.core.kernels.packed import Call, Packed, Read
+from nnscaler_ring.core.merge import Results
 from nnscaler_ring.core.passes import Extras, backward, forward, job_of
 from nnscaler_ring.core.recipe import Recipe
 from nnscaler_ring.core.scaling import SPEEDS, Shape
@@ -38,12 +41,16 @@ MASKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"causal": {"causal": True}, "full": {}, "window 1,024": {"causal": True, "window": (1024, 0)}, "packed mix": {"causal": True}}
 )
 WAYS = (
-    *(("causal", "zigzag", transport) for transport in ("auto", "ring", "grouped_ring", "all_gather")),
-    *(("full", "contiguous", transport) for transport in ("ring", "all_gather")),
-    *(("window 1,024", "contiguous", transport) for transport in ("auto", "all_gather")),
-    *(("packed mix", "balanced", transport) for transport in ("auto", "all_gather")),
-    ("packed mix", "zigzag-per-document", "ring"),
+    *(("causal", "zigzag", transport, False) for transport in ("auto", "ring", "grouped_ring", "all_gather")),
+    *(("full", "contiguous", transport, False) for transport in ("ring", "all_gather")),
+    *(("window 1,024", "contiguous", transport, False) for transport in ("auto", "all_gather")),
+    *(("packed mix", "balanced", transport, False) for transport in ("auto", "all_gather")),
+    ("packed mix", "zigzag-per-document", "ring", False),
+    ("causal", "zigzag", "auto", True),
+    ("window 1,024", "contiguous", "auto", True),
+    ("packed mix", "balanced", "auto", True),
 )
+"""Mask, layout, transport, and whether the kernel puts together in place."""
 
 
 class Nothing(Packed):
@@ -60,6 +67,30 @@ class Nothing(Packed):
 
     def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
         return [torch.empty_like(x) for x in (read.q, read.k, read.v)]
+
+
+class InPlace(Nothing):
+    """A kernel that computes nothing, and puts together in place what rows have, as Triton's does.
+
+    Beyond the result, which any kernel stores, it reads what rows had, in fp32, and stores in fp32 what is not the last.
+    """
+
+    def __init__(self, moved: Moved) -> None:
+        self._moved = moved
+
+    def merge(self, results: Results, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
+        place = results.place(covered(spans[:, :2]))
+        self._move(place)
+        self._move(place._replace(end=results.lse, total=results.lse))
+
+    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
+        for total, side in ((grad.dq, 0), (grad.dk, 2), (grad.dv, 2)):
+            self._move(total.place(covered(spans[:, side : side + 2])))
+
+    def _move(self, place: Place) -> None:
+        for lo, hi, state in place.rows.tolist() if place.total is not None else ():
+            read, stored = size(place.total[:, lo:hi]), size(place.end[:, lo:hi])
+            self._moved.bytes += read * bool(state & AGAIN) + (read - stored) * bool(state & MORE)
 
 
 def size(*tensors: Tensor) -> int:
@@ -108,8 +139,8 @@ class Moved(TorchDispatchMode):
         return result
 
     @contextmanager
-    def like_an_accelerator(self) -> Iterator[None]:
-        """The engine with `Nothing` for a kernel, and merges and sums counted as one kernel each."""
+    def like_an_accelerator(self, in_place: bool) -> Iterator[None]:
+        """The engine with a kernel that computes nothing, and merges and sums counted as one kernel each."""
 
         def merge_(
             out: Tensor, lse: Tensor, parts: Sequence[Part], fresh: bool, into: Tensor | None, at: Tensor | None = None
@@ -120,13 +151,14 @@ class Moved(TorchDispatchMode):
         def add_(out: Tensor, terms: Sequence[Tensor], at: Tensor | None = None) -> None:
             self._add(sum(named(at, column, each) for column, each in enumerate((out, *terms))) + _table(at))
 
+        kernel = InPlace(self) if in_place else Nothing()
         most, kernels = 4, SimpleNamespace(MOST=4, merge_=merge_, add_=add_)
         with ExitStack() as patches:
             for module in (held, merge, passes):
                 patches.enter_context(mock.patch.object(module, "at_once", lambda _: most))
             patches.enter_context(mock.patch.object(held, "fused", lambda: kernels))
             patches.enter_context(mock.patch.object(held, "on_device", lambda table, _: torch.from_numpy(table)))
-            patches.enter_context(mock.patch.object(passes, "kernel_for", lambda *_: Nothing()))
+            patches.enter_context(mock.patch.object(passes, "kernel_for", lambda *_: kernel))
             patches.enter_context(mock.patch.object(PretendTransport, "start", lambda *_: lambda: None))
             yield
 
@@ -140,7 +172,7 @@ class Glue:
     share: tuple[float, float]
 
 
-def count(mask: str, layout: str, transport: str, ranks: int = RANKS, tokens: int = A_RANK) -> Glue:
+def count(mask: str, layout: str, transport: str, in_place: bool = False, *, ranks: int = RANKS, tokens: int = A_RANK) -> Glue:
     """Run all ranks, one after the other."""
     total, shape = ranks * tokens, Shape(heads=HEADS, heads_k=HEADS_K, dim=DIM, dim_v=DIM)
     cu = torch.tensor([0, *np.cumsum(packings.lengths(total, 0))], dtype=torch.int32) if mask == "packed mix" else None
@@ -155,7 +187,7 @@ def count(mask: str, layout: str, transport: str, ranks: int = RANKS, tokens: in
         extras = Extras(None, None, None)
         for _ in range(2):  # what is sent once for all calls is there when it counts
             counted = Moved()
-            with counted.like_an_accelerator(), counted:
+            with counted.like_an_accelerator(in_place), counted:
                 (plan,) = jobs[0].plans
                 ((out, lse, _),) = jobs[0].transport.run([forward(jobs[0], plan, q, k, v, extras)])
                 before = counted.bytes, counted.launches
@@ -173,17 +205,19 @@ def count(mask: str, layout: str, transport: str, ranks: int = RANKS, tokens: in
 def table(repeats: int) -> str:
     """All rows; nothing is measured, so `repeats` is not looked at."""
     rows = []
-    for mask, layout, transport in WAYS:
-        glue = count(mask, layout, transport)
+    for mask, layout, transport, in_place in WAYS:
+        glue = count(mask, layout, transport, in_place)
         shares = [f"{100 * share:.2f} %" for share in glue.share]
         a_rank = [f"{found / RANKS / 1e6:,.0f}" for found in glue.bytes]
         cells = [cell for each in zip(a_rank, shares, glue.launches, strict=True) for cell in each]
-        rows.append((mask, f"{layout}, {transport}", *cells))
+        rows.append((mask, f"{layout}, {transport}" + ", in place" * in_place, *cells))
     each = ("of the kernel's time", "launches")
     header = ("mask", "layout, transport", "MB a rank, forward", *each, "backward", *each)
     about = (
         f"{RANKS} ranks of {A_RANK:,} tokens, Hq/Hk/D = {HEADS}/{HEADS_K}/{DIM}, bf16. Bytes read and written outside of kernels\n"
         f"and messages, counted; their time at {MEMORY / 1e12:.0f} TB/s over that of the kernel at the speed of {SPEED.name}\n"
-        f"({SPEED.forward / 1e12:.0f} / {SPEED.backward / 1e12:.0f} TFLOP/s). Launches: of the busiest rank, besides the kernel's."
+        f"({SPEED.forward / 1e12:.0f} / {SPEED.backward / 1e12:.0f} TFLOP/s). Launches: of the busiest rank, besides\n"
+        "the kernel's. In place: a kernel that adds to what rows have, as Triton's does; what it reads and writes for\n"
+        "that, besides the result, is counted."
     )
     return f"## Glue on paper\n\n{about}\n\n{markdown(header, rows)}"

@@ -151,7 +151,7 @@ def test_results_are_held_and_merged(most: int, monkeypatch: pytest.MonkeyPatch)
     want, want_lse = torch.zeros(2, 4, 3, 6, dtype=torch.float64), torch.full((2, 4, 3, 1), -INF, dtype=torch.float64)
     want, want_lse = (F.pad(x, (0, 0, 0, 0, 0, 1), value=value) for x, value in ((want, 0.0), (want_lse, -INF)))
     out = torch.full_like(want, float("nan"))
-    results = Results(out, 6, out.dtype, want_lse.dtype, out, torch.full_like(want_lse, float("nan")))
+    results = Results(out, 6, out.dtype, into=out, lse=torch.full_like(want_lse, float("nan")))
     monkeypatch.setattr(results, "most", most)
     held = []
     for part, part_lse in parts:
@@ -175,7 +175,7 @@ def test_rows_of_many_intervals_are_merged_by_a_table(fp16: bool, monkeypatch: p
     dtype, end = (torch.float32, torch.float16) if fp16 else (torch.float64, torch.float64)
     for _ in range(10):
         nan = torch.full((2, rows, 3, 1), float("nan"), dtype=dtype)
-        one, many = (Results(nan, 6, dtype, dtype, lse=nan.clone()) for _ in range(2))
+        one, many = (Results(nan, 6, end_of, dtype, dtype, lse=nan.clone()) for end_of in (dtype, end))
         one.most = 1
         for _ in range(int(rng.integers(1, 8))):
             cuts = np.sort(rng.choice(rows + 1, 2 * int(rng.integers(4, 12)), replace=False)).reshape(-1, 2)
@@ -185,7 +185,7 @@ def test_rows_of_many_intervals_are_merged_by_a_table(fp16: bool, monkeypatch: p
             out[0, row], lse[0, row] = 0.0, -INF
             for results in (one, many):
                 results.add(cuts, out, lse)
-        got, want = many.result(end), one.result(dtype)
+        got, want = many.result(), one.result()
         torch.testing.assert_close(got.to(dtype), want, **({"rtol": 2e-3, "atol": 1e-3} if fp16 else {}))
         torch.testing.assert_close(many.lse, one.lse)
 
@@ -196,13 +196,13 @@ def test_a_launch_for_each_set_of_parts(monkeypatch: pytest.MonkeyPatch) -> None
     kernel = fused()
     launches = mock.Mock(side_effect=kernel.merge_)
     monkeypatch.setattr(kernel, "merge_", launches)
-    results = Results(torch.empty(1, 64, 1, 1), 2, torch.float32, torch.float32)
+    results = Results(torch.empty(1, 64, 1, 1), 2, torch.float32)
     every = np.arange(0, 65).repeat(2)[1:-1].reshape(-1, 2)
     for rows in (every[::2], every[1::2]):
         for _ in range(2):
             results.add(rows, torch.ones(1, 32, 1, 2), torch.zeros(1, 32, 1, 1))
     results.add(np.array([[0, 64]]), torch.ones(1, 64, 1, 2).to(torch.bfloat16), torch.zeros(1, 64, 1, 1))
-    assert (results.result(torch.float32) == 1).all() and launches.call_count == 2
+    assert (results.result() == 1).all() and launches.call_count == 2
     torch.testing.assert_close(results.lse, torch.full((1, 64, 1, 1), math.log(3)))
 
 
@@ -223,7 +223,7 @@ def test_a_result_of_all_rows_is_the_memory(dtype: torch.dtype, many: bool, monk
     parts, _, _ = blocks(3, 1.0, torch.float32)
     (first, lse), *others = [(out.contiguous(), lse.transpose(1, 2).unsqueeze(3).clone()) for out, lse in parts]
     want, want_lse, part = first.clone(), lse.clone(), first.to(dtype)
-    results = Results(lse, 6, dtype, lse.dtype)
+    results = Results(lse, 6, dtype, lse_dtype=lse.dtype)
     results.add(np.array([[0, 4]]), part, lse)
     for other, other_lse in others:
         merge_(want[:, 1:3], want_lse[:, 1:3], other[:, 1:3], other_lse[:, 1:3])
@@ -238,7 +238,7 @@ def test_other_results_are_copied() -> None:
     """Of another dtype, or not contiguous."""
     out, lse = torch.randn(2, 4, 3, 6), torch.zeros(2, 4, 3, 1)
     for part, dtype in ((out, torch.float64), (out.transpose(0, 1).contiguous().transpose(0, 1), out.dtype)):
-        results = Results(lse, 6, dtype, lse.dtype)
+        results = Results(lse, 6, dtype, lse_dtype=lse.dtype)
         results.add(np.array([[0, 4]]), part, lse)
         results.finish()
         assert torch.equal(results.out, out.to(dtype)) and results.out.data_ptr() != part.data_ptr()

@@ -6,6 +6,7 @@ Memory that nobody filled is NaN here, as deterministic mode makes it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -15,11 +16,15 @@ import torch
 from torch import Tensor
 
 from nnscaler_ring.core import engine, kernels, sums
-from nnscaler_ring.core.held import fused
-from nnscaler_ring.core.kernels import Case
+from nnscaler_ring.core.device import index_of
+from nnscaler_ring.core.geometry import covered, times
+from nnscaler_ring.core.held import AGAIN, MORE, Place, fused
+from nnscaler_ring.core.kernels import Case, Grad, Scores
+from nnscaler_ring.core.kernels.base import Spans, Window
 from nnscaler_ring.core.kernels.packed import Call, Packed, Read
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.layouts import LAYOUTS
+from nnscaler_ring.core.merge import Results, merge_
 from nnscaler_ring.core.plan import ALL_TO_ALL, TRANSPORTS, plan
 from nnscaler_ring.core.recipe import Recipe, layout_of, mask_of
 from nnscaler_ring.core.sums import Sum
@@ -55,9 +60,56 @@ class Whole(Packed):
         return [(x.total()[0] if one else x.total()).to(x.like.dtype) for x in totals]
 
 
+class Placed(Reference):
+    """The reference, as a kernel that puts together in place what rows have."""
+
+    name = "placed"
+
+    def merge(self, results: Results, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
+        out, lse = self.forward(q, k, v, spans, window, scores)
+        at, place = index_of(spans[:, :2], q.device), results.place(covered(spans[:, :2]))
+        out = q.new_empty(*q.shape[:3], v.shape[3], dtype=out.dtype).index_copy_(1, at, out)
+        lse = out.new_empty(*out.shape[:3], 1).index_copy_(1, at, lse.transpose(1, 2).unsqueeze(3))
+        for rows, state in rows_of(place):
+            mine, its_lse = out[:, rows], lse[:, rows]
+            if state & AGAIN:
+                assert place.total is not None
+                merge_(mine, its_lse, place.total[:, rows], results.lse[:, rows])
+            results.lse[:, rows] = its_lse
+            memory(place, state)[:, rows] = mine.to(memory(place, state).dtype)
+
+    def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
+        parts = oracle.sums((grad.q, k, v))
+        super().backward(replace(grad, dq=parts[0], dk=parts[1], dv=parts[2]), k, v, spans, window, scores)
+        for total, part, side in ((grad.dq, parts[0], 0), (grad.dk, parts[1], 2), (grad.dv, parts[2], 2)):
+            put(total.place(covered(spans[:, side : side + 2])), part.total())
+
+
+def rows_of(place: Place) -> list[tuple[slice, int]]:
+    return [(slice(lo, hi), state) for lo, hi, state in place.rows.tolist()]
+
+
+def memory(place: Place, state: int) -> Tensor:
+    """Where rows of a state are stored."""
+    if not state & MORE:
+        return place.end
+    assert place.total is not None
+    return place.total
+
+
+def put(place: Place, part: Tensor) -> None:
+    """What a kernel does that adds in place."""
+    for rows, state in rows_of(place):
+        mine = part[:, rows]
+        if state & AGAIN:
+            assert place.total is not None
+            mine = mine + place.total[:, rows]
+        memory(place, state)[:, rows] = mine.to(memory(place, state).dtype)
+
+
 @pytest.fixture(autouse=True)
 def nan_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(kernels, "KERNELS", {"whole": (Whole(),), "reference": (Reference(),)})
+    monkeypatch.setattr(kernels, "KERNELS", {"whole": (Whole(),), "placed": (Placed(),), "reference": (Reference(),)})
     kernels.choose.cache_clear()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
@@ -87,11 +139,12 @@ def test_all_layouts_and_transports(name: str, world: int) -> None:
             continue
         for transport in (*TRANSPORTS, ALL_TO_ALL, "auto"):
             answers = []
-            for kernel in ("whole", "reference"):
+            for kernel in ("reference", "whole", "placed"):
                 how = Recipe(group=f"local:{world}", layout=layout, transport=transport, kernel=kernel, **MASKS[name])
                 answers.append(oracle.run(given, SCALE, how, cu_q=cu))
-            for mine, theirs in zip(*answers, strict=True):
-                torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+            for theirs, *others in zip(*answers, strict=True):
+                for mine in others:
+                    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
             ran += 1
     assert ran >= 4 * 8
 
@@ -110,12 +163,15 @@ def test_all_layouts_and_transports(name: str, world: int) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_many_at_once(dtype: torch.dtype, layout: str, transport: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", ["whole", "placed"])
+def test_many_at_once(
+    kernel: str, dtype: torch.dtype, layout: str, transport: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As accelerators do it: what comes for a row is held, and added up in one pass over memory."""
     cu = (0, 5, 6, 17, 24) if name == "packed" else None
     for world in (3, 8):
         given = oracle.inputs(world, SIZES, (4, 2, 16, 8) if name == "far" else HEADS, dtype)
-        how = Recipe(group=f"local:{world}", layout=layout, transport=transport, kernel="whole", **MASKS[name])
+        how = Recipe(group=f"local:{world}", layout=layout, transport=transport, kernel=kernel, **MASKS[name])
         with monkeypatch.context() as patch:
             want = oracle.run(given, SCALE, how, cu_q=cu)
             many_at_once(patch)
@@ -137,9 +193,9 @@ def test_dq_is_the_kernels_own_where_nothing_is_added(monkeypatch: pytest.Monkey
         made.append(found[0])
         return found
 
-    def noted(self: Sum, dtype: torch.dtype) -> Tensor:
+    def noted(self: Sum) -> Tensor:
         ended.append(self)
-        return result(self, dtype)
+        return result(self)
 
     monkeypatch.setattr(Whole, "gradients", kept)
     monkeypatch.setattr(Sum, "result", noted)
@@ -147,6 +203,44 @@ def test_dq_is_the_kernels_own_where_nothing_is_added(monkeypatch: pytest.Monkey
     assert torch.equal(answer.dq.flatten(1).sort(1)[0], torch.cat([x.reshape(2, -1) for x in made], 1).sort(1)[0])
     of_queries = [x for x in ended if x.like.shape[2] == HEADS[0]]
     assert len(of_queries) == 4 and all(x.memory is None for x in of_queries)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])
+def test_rows_of_one_call_have_no_other_memory(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision a kernel that puts together in place stores them where they end; others are in fp32 until then."""
+    places = list[Place]()
+    for kind in (Results, Sum):
+        monkeypatch.setattr(kind, "place", lambda self, rows, place=kind.place: places.append(place(self, rows)) or places[-1])
+    given = oracle.inputs(0, SIZES, HEADS, torch.bfloat16)
+    for world, transport, wanted in ((1, "auto", {0}), (4, "halo", {0, MORE, AGAIN}), (4, "ring", {0, MORE, AGAIN, AGAIN | MORE})):
+        how = Recipe(group=f"local:{world}", layout=layout, transport=transport, kernel="placed", causal=True)
+        oracle.assert_close(oracle.run(given, SCALE, how), oracle.dense(given, np.tri(24, dtype=bool), SCALE), 3e-2)
+        of_results = [place for place in places if place.end.dtype == torch.bfloat16]
+        assert {state for place in of_results for _, state in rows_of(place)} == wanted
+        assert all((place.total is None) == (not place.rows[:, 2].any()) for place in of_results)
+        places.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("known", [True, False])
+def test_in_place_and_what_comes_later(dtype: torch.dtype, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel adds to any rows in place, and then parts come for some: known before or not."""
+    many_at_once(monkeypatch)
+    rng = np.random.default_rng(known)
+    for _ in range(60):
+        cuts = [np.sort(rng.choice(17, 2 * int(rng.integers(1, 5)), replace=False)).reshape(-1, 2) for _ in range(6)]
+        placed, later = cuts[: int(rng.integers(0, 4))], cuts[4 : 4 + int(rng.integers(0, 3))]
+        total = Sum(torch.empty(2, 16, 1, 2, dtype=dtype), end=dtype, come=times(16, [*placed, *later]) if known else None)
+        want = torch.zeros(2, 16, 1, 2)
+        for n, rows in enumerate((*placed, *later)):
+            part = torch.from_numpy(rng.integers(-4, 5, (2, 16, 1, 2))).float()  # sums are exact
+            at = index_of(rows, part.device)
+            want.index_add_(1, at, part[:, at])
+            if n < len(placed):
+                put(total.place(rows), part)
+            else:
+                total.add(rows, part[:, at])
+        assert torch.equal(total.result().float(), want)
 
 
 def deepest(total: Sum) -> int:
@@ -162,7 +256,7 @@ def test_any_rows_in_any_order(dtype: torch.dtype, most: int, monkeypatch: pytes
     rng, passes_over_memory = np.random.default_rng(most), mock.Mock(side_effect=sums.add_all)
     monkeypatch.setattr(sums, "add_all", passes_over_memory)
     for _ in range(40):
-        total = Sum(torch.empty(2, 12, 1, 2, dtype=dtype))
+        total = Sum(torch.empty(2, 12, 1, 2, dtype=dtype), end=dtype)
         total.most = most
         want = torch.zeros(2, 12, 1, 2)
         for _ in range(int(rng.integers(0, 9))):
@@ -179,7 +273,7 @@ def test_any_rows_in_any_order(dtype: torch.dtype, most: int, monkeypatch: pytes
                 assert torch.equal(total._total[:, lo:hi], want[:, lo:hi]) and all(
                     b <= lo or a >= hi for layer in total._held for a, b, _ in layer.at
                 )
-        assert torch.equal(total.result(dtype).float(), want)
+        assert torch.equal(total.result().float(), want)
     assert max(len(call.args[1]) for call in passes_over_memory.call_args_list) == most + 1
 
 
@@ -189,17 +283,17 @@ def test_a_part_of_all_rows_is_the_gradient(monkeypatch: pytest.MonkeyPatch) -> 
     everything, some = np.array([[0, 4]]), np.array([[1, 3]])
     for kind in (torch.bfloat16, torch.float32):
         part = torch.randn(2, 4, 1, 2).to(kind)
-        total = Sum(torch.empty(2, 4, 1, 2, dtype=torch.bfloat16))
+        total = Sum(torch.empty(2, 4, 1, 2, dtype=torch.bfloat16), end=torch.bfloat16)
         total.add(everything, part)
-        want, got = part.to(torch.bfloat16), total.result(torch.bfloat16)
+        want, got = part.to(torch.bfloat16), total.result()
         assert torch.equal(got, want) and (got.data_ptr() == part.data_ptr()) == (kind == torch.bfloat16)
 
-        total = Sum(torch.empty(2, 4, 1, 2, dtype=kind))
+        total = Sum(torch.empty(2, 4, 1, 2, dtype=kind), end=kind)
         total.add(some, torch.ones(2, 2, 1, 2))
         total.add(everything, part)
         want = part.float()
         want[:, 1:3] += 1
-        got = total.result(kind)
+        got = total.result()
         assert torch.equal(got, want.to(kind)) and got.data_ptr() == part.data_ptr()
 
 
@@ -254,7 +348,7 @@ def test_float64_is_added_up_in_float64(monkeypatch: pytest.MonkeyPatch) -> None
     """Wherever it ends, in few intervals and in many."""
     many_at_once(monkeypatch)
     for rows in (np.array([[0, 32]]), np.column_stack([np.arange(32), np.arange(1, 33)])):
-        total = Sum(torch.empty(1, 32, 1, 1, dtype=torch.float64))
+        total = Sum(torch.empty(1, 32, 1, 1, dtype=torch.float64), end=torch.float32)
         for value in (1.0, 2.0**-30, -1.0):
             total.add(rows, torch.full((1, 32, 1, 1), value, dtype=torch.float64))
-        assert (total.result(torch.float32) == 2.0**-30).all()
+        assert (total.result() == 2.0**-30).all()

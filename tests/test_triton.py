@@ -21,6 +21,7 @@ from nnscaler_ring.core.kernels import Case, Grad, Scores
 from nnscaler_ring.core.kernels.base import Window, philox
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.triton import ANY, HOPPER, NARROW, WIDE, Blocks, Sizes, Triton, key_tiles, row_tiles, shares
+from nnscaler_ring.core.recipe import Recipe
 from tests import oracle
 from tests.interpreter import skip_without_triton
 from tests.test_kernels import (
@@ -85,7 +86,8 @@ def check_tiles(spans: np.ndarray, window: Window, step_i: int, step_j: int) -> 
     left, right = (ANY if side < 0 else side for side in window)
     seen = dense(spans, window)
     visited, written = np.zeros_like(seen), []
-    for first, end, reach, reach_end, align, whole, whole_end, count, at in row_tiles(spans, left, right, step_i, step_j).tolist():
+    tiles = row_tiles(spans, left, right, step_i, step_j)
+    for first, end, reach, reach_end, align, whole, whole_end, count, at, _ in tiles.tolist():
         assert 0 < end - first <= step_i and 0 <= whole <= whole_end <= count == max(0, -(-(reach_end - reach) // step_j))
         i = np.arange(first, end)[:, None]
         for block in range(count):
@@ -101,7 +103,7 @@ def check_tiles(spans: np.ndarray, window: Window, step_i: int, step_j: int) -> 
 
     tiles, visits = key_tiles(spans, left, right, step_i, step_j)
     visited, covered = np.zeros_like(seen), np.zeros(seen.shape[1], dtype=int)
-    for first, end, visit, visit_end in tiles.tolist():
+    for first, end, visit, visit_end, _, _ in tiles.tolist():
         assert 0 < end - first <= step_j
         covered[first:end] += 1
         for reach, reach_end, j0, j1, align, whole, whole_end, count in visits[visit:visit_end].tolist():
@@ -115,6 +117,61 @@ def check_tiles(spans: np.ndarray, window: Window, step_i: int, step_j: int) -> 
                 visited[i, j] += shown
     np.testing.assert_array_equal(visited, seen)
     assert covered.max() == 1, "no two tiles have a key"
+
+
+def test_tiles_have_rows_of_one_state() -> None:
+    """Cut where the state changes; in place, not end to end. Keys have two states, of dk and of dv."""
+    rng, spans = np.random.default_rng(0), np.array(TABLED["keys shared in part"])
+
+    def placed(rows: int) -> np.ndarray:
+        cuts = np.unique([0, rows, *rng.integers(0, rows, 6)])
+        return np.column_stack([cuts[:-1], cuts[1:], rng.integers(0, 4, len(cuts) - 1)])
+
+    for window in ((-1, 0), (30, 0)):
+        left, right = (ANY if side < 0 else side for side in window)
+        of_rows, of_keys = placed(200), (placed(290), placed(290))
+        tiles = row_tiles(spans, left, right, 32, 16, of_rows)
+        state = np.full(200, -1)
+        for first, end, *_, at, kind in tiles.tolist():
+            assert at == first and (state[first:end] == -1).all()
+            state[first:end] = kind
+        np.testing.assert_array_equal(state, np.repeat(of_rows[:, 2], of_rows[:, 1] - of_rows[:, 0]))
+        tiles, visits = key_tiles(spans, left, right, 32, 16, *of_keys)
+        seen, both = np.zeros((200, 290), dtype=int), np.full((2, 290), -1)
+        for first, end, visit, visit_end, *kinds in tiles.tolist():
+            both[:, first:end] = np.array(kinds)[:, None]
+            for reach, reach_end, j0, j1, align, *_ in visits[visit:visit_end].tolist():
+                i, j = np.arange(reach, reach_end)[:, None], np.arange(max(first, j0), min(end, j1))
+                seen[reach:reach_end, j] += (j - i - align >= -left) & (j - i - align <= right)
+        np.testing.assert_array_equal(seen, dense(spans, window))
+        for found, each in zip(both, of_keys, strict=True):
+            want = np.repeat(each[:, 2], each[:, 1] - each[:, 0])
+            np.testing.assert_array_equal(found[found >= 0], want[found >= 0])
+
+
+@launches
+@pytest.mark.parametrize(
+    ("layout", "transport", "how"),
+    [
+        ("zigzag", "ring", {"causal": True}),
+        ("contiguous", "halo", {"causal": True, "window": (9, 0)}),
+        ("balanced", "grouped_ring", {"causal": True}),
+        ("stripe", "all_gather", {"causal": True, "heads_stride": 1}),
+        ("zigzag", "ring", {"causal": True, "far": 6}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_walks(dtype: torch.dtype, layout: str, transport: str, how: dict, device: torch.device) -> None:
+    """Results and gradients are put together in place: rows of one call where they end, others in fp32 until the last."""
+    cu = [0, 3, 17, 40] if layout == "balanced" else None
+    given = oracle.inputs(0, (2, 40, 40), (4, 2, 16, 8) if "far" in how else (4, 2, 8, 8), dtype, device)
+    exact = oracle.Inputs(*(x.cpu().double() for x in given))
+    recipe = Recipe(layout=layout, transport=transport, **how)
+    want = oracle.run(exact, 0.5, replace(recipe, group="local:1", transport="auto", kernel="reference"), cu)
+    got = oracle.run(given, 0.5, replace(recipe, group="local:3", kernel="triton"), cu)
+    assert got.out.dtype == got.dq.dtype == dtype and got.lse.dtype == torch.float32
+    oracle.assert_close(oracle.Answer(*(x.cpu() for x in got)), want, 3e-2 if dtype == torch.bfloat16 else 2e-5)
 
 
 def test_tiles_with_the_most_to_do_come_first() -> None:
@@ -473,15 +530,15 @@ def compile_kernel(name: str, table: str, key: tuple[int, int], dims: tuple[int,
     constants |= {} if flags["BIAS"] else {"bias": None, "d_bias": None}
     constants |= {} if flags["ALIBI"] or flags["BIAS"] or flags["DROPOUT"] else {"k_at": None, "q_at": None}
     types = {
-        **dict.fromkeys(("q", "k", "v", "out", "d_out"), f"*{dtype}"),
-        **dict.fromkeys(("lse", "delta", "logs", "dq", "dk", "dv_sum", "alibi", "bias", "d_bias"), "*fp32"),
+        **dict.fromkeys(("q", "k", "v", "out", "d_out", "dq", "dk", "d_v"), f"*{dtype}"),
+        **dict.fromkeys(("merged", "lse", "delta", "logs", "dq_sum", "dk_sum", "dv_sum", "alibi", "bias", "d_bias"), "*fp32"),
         **dict.fromkeys(("q_at", "far_at", "k_at"), "*i64"),
         **dict.fromkeys(("tiles", "visits"), "*i32"),
         **dict.fromkeys(("scale", "softcap", "kept_scale"), "fp32"),
     }
     names = kernel.arg_names
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "i32") for arg in names}
-    strides = re.compile("(q|k|v|out|do|dq|dk|dv)_[blh]")
+    strides = re.compile("(q|k|v|out|merged|do|dq|dk|dv|sum|ks|vs)_[blh]")
     aligned = [n for n, arg in enumerate(names) if signature[arg].startswith("*") or strides.fullmatch(arg)]
     source = ASTSource(
         kernel,

@@ -8,6 +8,8 @@ flash-attn means it. All functions work on whole arrays: a row of a *band table*
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from .layout import Layout, ranges
@@ -139,6 +141,21 @@ def union(keys: np.ndarray, lo: np.ndarray, hi: np.ndarray, breaks: Columns | No
     first, last = points[covered & (~before | wall)], points[before & (~covered | wall)]
     key = first // span
     return key, first - key * span, last - key * span
+
+
+def covered(intervals: np.ndarray) -> np.ndarray:
+    """What intervals ``[n, 2]`` cover, ordered and disjoint."""
+    _, lo, hi = union(np.zeros(len(intervals), dtype=np.int64), *intervals.T)
+    return np.column_stack([lo, hi])
+
+
+def times(rows: int, intervals: Iterable[np.ndarray]) -> np.ndarray:
+    """How often each of `rows` is in some sets of disjoint intervals, int32."""
+    change = np.zeros(rows + 1, dtype=np.int32)
+    for each in intervals:
+        np.add.at(change, each[:, 0], 1)
+        np.add.at(change, each[:, 1], -1)
+    return change[:-1].cumsum(dtype=np.int32)
 
 
 def distinct(values: np.ndarray) -> np.ndarray:

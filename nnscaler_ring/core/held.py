@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .device import MANY, on_device
-from .geometry import turns
+from .geometry import distinct, turns
 from .layout import ranges
 
 Part = tuple[Tensor, ...]
@@ -47,6 +47,28 @@ def together() -> ModuleType:
     return kernel
 
 
+AGAIN, MORE = 1, 2
+"""Of rows that a kernel puts together in place: something has come before, which it reads; more is to come."""
+
+HERE, DONE = 1, 2
+"""Of rows: what has come is in the memory, or it was all and is where it ends. 0: nothing has come."""
+
+
+class Place(NamedTuple):
+    """Where a kernel puts rows together in place.
+
+    Attributes:
+        end: ``[B, L, H, D]``, for rows to which no more is to come, in the dtype of the result.
+        total: the same in the exact dtype, for rows to which more is to come, and what rows had `AGAIN`; None where there are none
+            of them. It may be `end`.
+        rows: ``[n, 3]`` ``(lo, hi, state)``: the kernel's rows, ordered, by `AGAIN` and `MORE`.
+    """
+
+    end: Tensor
+    total: Tensor | None
+    rows: np.ndarray
+
+
 class Layer(NamedTuple):
     """A part, and whose it is: rows ``lo:hi`` have its rows from `start` on, ``(lo, hi, start)``, in order and disjoint."""
 
@@ -66,19 +88,21 @@ class Pieces:
         cuts: where pieces start, and the end of the last, ``[n + 1]``.
         parts: those of all pieces.
         source: of each piece its first row in each part, ``[n, parts]``; -1 where it has none of it.
-        seen: ``[n]``, whether something came for it before.
+        seen: ``[n]``, what came for it before: `HERE`, `DONE` or 0.
     """
 
     cuts: Sequence[int]
     parts: Sequence[Part]
     source: Sequence[Sequence[int]]
-    seen: Sequence[bool]
+    seen: Sequence[int]
 
     def __iter__(self) -> Iterator[tuple[slice, list[Part], bool]]:
-        """The rows of each piece, what it has of its parts, and whether something came before."""
+        """The rows of each piece that is not done, what it has of its parts, and whether something came before."""
         for lo, hi, source, seen in zip(self.cuts, self.cuts[1:], self.source, self.seen, strict=False):
             found = [(part, start) for part, start in zip(self.parts, source, strict=True) if start >= 0]
-            yield slice(lo, hi), [tuple(_rows(x, start, hi - lo) for x in part) for part, start in found], seen
+            if seen != DONE:
+                yield slice(lo, hi), [tuple(_rows(x, start, hi - lo) for x in part) for part, start in found], seen == HERE
+            assert seen != DONE or not found, "no more was to come"
 
     def besides(self, part: Part) -> Pieces:
         """With a part that has all rows, as they lie."""
@@ -92,17 +116,18 @@ def _rows(x: Tensor, start: int, size: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Scattered:
-    """`Pieces` that are put together row by row, as arrays."""
+    """`Pieces` that are put together row by row, as arrays; those that are `open` are not done."""
 
     cuts: np.ndarray
     parts: Sequence[Part]
     source: np.ndarray
     seen: np.ndarray
+    open: np.ndarray
 
     @classmethod
     def of(cls, pieces: Pieces) -> Scattered:
         source = np.array(pieces.source, dtype=np.int64).reshape(len(pieces.seen), len(pieces.parts))
-        return cls(np.array(pieces.cuts), pieces.parts, source, np.array(pieces.seen))
+        return cls(np.array(pieces.cuts), pieces.parts, source, np.array(pieces.seen) == HERE, np.array(pieces.seen) != DONE)
 
     @property
     def touched(self) -> np.ndarray:
@@ -147,12 +172,19 @@ class Held(ABC):
     What comes is held until a row would have more than `at_once`: in half precision parts that are put together take 2 bytes an
     element each, and 2 to 8 once, one after the other 10 each. A part that has all rows can be their memory itself, which takes
     none. Other memory may be uninitialised: `finish` fills all. What ends in another dtype is spent: nothing can be added to it.
+
+    A kernel may put rows together in place instead, see `Place`.
+
+    Args:
+        rows: how many there are.
+        come: how many parts each row gets in all, ``[rows]``; None where that is not known.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, device: torch.device, come: np.ndarray | None = None) -> None:
         self.most, self.device = at_once(device.type), device
         self._held: list[Layer] = []
-        self._seen = np.zeros(rows, dtype=bool)
+        self._seen = np.zeros(rows, dtype=np.int8)
+        self._come = None if come is None else come.copy()
 
     def add(self, intervals: np.ndarray, *part: Tensor) -> None:
         """A part of the rows ``lo:hi`` of some intervals ``[m, 2]``, end to end in its tensors; they may share rows."""
@@ -174,7 +206,23 @@ class Held(ABC):
             return
         self._start()
         self._put(self._pieces(lo, len(self._seen) if hi is None else hi), clear=True)
-        self._seen[lo:hi] = True
+        self._seen[lo:hi] |= self._seen[lo:hi] == 0
+
+    def _states(self, intervals: np.ndarray) -> np.ndarray:
+        """The rows of ordered disjoint intervals in which a kernel puts together what comes now, as in `Place`."""
+        assert not self._held, "a kernel gives parts or puts together in place"
+        more = np.ones_like(self._seen) if self._come is None else self._come > 1
+        state = AGAIN * (self._seen == HERE) + MORE * more
+        points = distinct(np.concatenate([intervals.ravel(), 1 + np.flatnonzero(state[1:] != state[:-1])]))
+        lo, hi = points[:-1], points[1:]
+        at = np.searchsorted(intervals[:, 0], lo, side="right") - 1
+        inside = (at >= 0) & (lo < intervals[at, 1])
+        rows = np.column_stack([lo, hi, state[lo]])[inside]
+        for first, end, kind in rows.tolist():
+            self._seen[first:end] = HERE if kind & MORE else DONE
+            if self._come is not None:
+                self._come[first:end] -= 1
+        return rows
 
     def _put(self, pieces: Pieces, clear: bool) -> None:
         if self._scattered(pieces):
@@ -190,7 +238,7 @@ class Held(ABC):
         """Put together all rows in few launches, the end of all in `into` if that is given."""
         for some, which, last in Scattered.of(pieces).groups(self.most):
             end = into if last else None
-            which = which if end is not None else which & (some.touched | (clear & last & ~some.seen))
+            which = which & some.open & (end is not None or some.touched | (clear & last & ~some.seen))
             if which.any():
                 self._scatter(some, which, end)
 
@@ -206,16 +254,16 @@ class Held(ABC):
             inside = [layer.within(lo, hi) for layer in inside]
             self._held, inside = ([layer for layer in layers if layer.at] for layers in (rest, inside))
         ends = {lo, hi, *(end for at, _ in inside for a, b, _ in at for end in (a, b))}
-        if 0 < np.count_nonzero(self._seen) < len(self._seen):
+        if (self._seen != self._seen[:1]).any():
             ends.update((lo + 1 + np.flatnonzero(np.diff(self._seen[lo:hi]))).tolist())
         cuts = sorted(ends)
         source = [[-1] * len(inside) for _ in cuts[1:]]
-        seen = [bool(self._seen[start]) for start in cuts[:-1]]
+        seen = self._seen[cuts[:-1]].tolist()
         for n, (at, _) in enumerate(inside):
             for a, b, start in at:
                 for piece in range(bisect_left(cuts, a), bisect_left(cuts, b)):
                     source[piece][n] = start + cuts[piece] - a
-                self._seen[a:b] = True
+                self._seen[a:b] = HERE
         return Pieces(cuts, [part for _, part in inside], source, seen)
 
     def _taken(self, dtype: torch.dtype) -> Part | None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .held import Held, Part, Scattered, alone, at_once, exact_dtype, together
+from .held import HERE, Held, Part, Place, Scattered, alone, at_once, exact_dtype, together
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -53,27 +53,47 @@ class Results(Held):
     Args:
         like: a tensor ``[B, L, H, ...]``.
         width: Dv.
-        dtype, lse_dtype: in which they are merged.
-        out, lse: memory to merge them in, uninitialised; None: made, or taken, when it is needed.
+        end: the dtype of the result.
+        dtype, lse_dtype: in which they are merged; `end` and the exact one where None.
+        into, lse: memory for the result, uninitialised; None: made, or taken, when it is needed.
+        come: how many results each row gets, see `Held`.
     """
 
     def __init__(
         self,
         like: Tensor,
         width: int,
-        dtype: torch.dtype,
-        lse_dtype: torch.dtype,
-        out: Tensor | None = None,
+        end: torch.dtype,
+        dtype: torch.dtype | None = None,
+        lse_dtype: torch.dtype | None = None,
+        *,
+        into: Tensor | None = None,
         lse: Tensor | None = None,
+        come: np.ndarray | None = None,
     ) -> None:
-        super().__init__(like.shape[1], like.device)
-        self._like, self._width, self._dtype, self._lse_dtype = like, width, dtype, lse_dtype
-        self._out, self._lse = out, lse
+        super().__init__(like.shape[1], like.device, come)
+        self._like, self._width, self._end = like, width, end
+        self._dtype, self._lse_dtype = dtype or end, lse_dtype or exact_dtype(end)
+        self._into, self._lse = into, lse
+        self._out: Tensor | None = None
+
+    def _empty(self, dtype: torch.dtype) -> Tensor:
+        return self._like.new_empty((*self._like.shape[:3], self._width), dtype=dtype)
+
+    @property
+    def _result(self) -> Tensor:
+        """Where the result ends."""
+        if self._into is None:
+            self._into = self._empty(self._end)
+        return self._into
 
     @property
     def out(self) -> Tensor:
+        """Where results are merged."""
+        if self._dtype == self._end:
+            return self._result
         if self._out is None:
-            self._out = self._like.new_empty((*self._like.shape[:3], self._width), dtype=self._dtype)
+            self._out = self._empty(self._dtype)
         return self._out
 
     @property
@@ -82,21 +102,23 @@ class Results(Held):
             self._lse = empty_lse(self._like, self._lse_dtype)
         return self._lse
 
-    def result(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """The end: out in `dtype`, rounded once; in `into`, or where it was merged if that has this dtype.
+    def place(self, intervals: np.ndarray) -> Place:
+        """Where a kernel merges rows of ordered disjoint intervals in place, as in `lse`; rows to come again in the exact dtype."""
+        self._dtype = exact_dtype(self._end)
+        rows = self._states(intervals)
+        return Place(self._result, self.out if rows[:, 2].any() else None, rows)
 
-        That may be the very part that has come.
-        """
-        if dtype == self._dtype:
+    def result(self) -> Tensor:
+        """The end: out, rounded once. It may be the very part that has come."""
+        if self._dtype == self._end:
             self.finish()
             return self.out
-        into = self._like.new_empty((*self._like.shape[:3], self._width), dtype=dtype) if into is None else into
         pieces = self._pieces(0, len(self._seen))
         if self._scattered(pieces):
-            self._by_table(pieces, into=into)
-            return into
+            self._by_table(pieces, into=self._result)
+            return self._result
         for rows, parts, seen in pieces:
-            end, lse = into[:, rows], self.lse[:, rows]
+            end, lse = self._result[:, rows], self.lse[:, rows]
             if parts:
                 merge_all_(self.out[:, rows] if seen else end, lse, parts, not seen, end)
             elif seen:
@@ -104,16 +126,18 @@ class Results(Held):
             else:
                 end.zero_()
                 lse.fill_(float("-inf"))
-        return into
+        return self._result
 
     def _start(self) -> None:
-        if self._out is None and (part := self._taken(self._dtype)):
-            self._out, lse = part
+        memory = self._into if self._dtype == self._end else self._out
+        if memory is None and (part := self._taken(self._dtype)):
+            out, lse = part
+            self._into, self._out = (out, None) if self._dtype == self._end else (self._into, out)
             if self._lse is None and lse.dtype == self._lse_dtype and alone(lse.squeeze(3).transpose(1, 2)):
                 self._lse = lse
             else:
                 self.lse.copy_(lse)
-            self._seen[:] = True
+            self._seen[:] = HERE
 
     def _combine(self, rows: slice, parts: Sequence[Part], seen: bool) -> None:
         merge_all_(self.out[:, rows], self.lse[:, rows], parts, fresh=not seen)

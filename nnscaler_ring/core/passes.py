@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import kernels
 from .device import on_device
-from .geometry import coalesce
 from .heads import Pack, Team, team_of, teams, to_heads, to_tokens
 from .held import at_once, exact_dtype
 from .kernels import Case, Grad, Kernel, Scores
@@ -237,11 +236,12 @@ def _attend(
     scores = replace(job.scores(plan, extras, q.device), merged=plan.num_merges > 0)
     k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
     split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
+    come = sum(plan.results.values(), np.zeros(plan.q_rows, dtype=np.int32))
     joined = [] if len(split) == 1 else [q.new_empty((*q.shape[:3], v.shape[3]), dtype=end), empty_lse(q, summed)]
     found = []
     for hq, _ in split:
-        out, lse = (x[:, :, hq] for x in joined) if joined else (None, None)
-        found.append(Results(q[:, :, hq], v.shape[3], dtype, summed, out if dtype == end else None, lse))
+        into, lse = (x[:, :, hq] for x in joined) if joined else (None, None)
+        found.append(Results(q[:, :, hq], v.shape[3], end, dtype, summed, into=into, lse=lse, come=come))
 
     def visit(n: int) -> Visit:
         heads, results = split[n][0], found[n]
@@ -252,16 +252,14 @@ def _attend(
             for calls in step.calls if k.shape[2] else ():
                 part = _features(calls.part, job.recipe, q)
                 rows, keys = q[:, :, heads, part], k[..., part]
-                for spans in kernel.groups(rows, keys, calls.spans, calls.window, False):
-                    result, its_lse = kernel.forward(rows, keys, v, spans, calls.window, here)
-                    results.add(coalesce(spans[:, :2]), result, its_lse.transpose(1, 2).unsqueeze(3))
+                kernel.merge(results, rows, keys, v, calls.spans, calls.window, here)
 
         return run
 
     if k.shape[2]:
         kernel = _kernel(job.recipe, q, k, v, extras)
     yield from staggered([walk(plan, k[:, :, hk], v[:, :, hk], visit(n), None, None) for n, (_, hk) in enumerate(split)])
-    ends = [results.result(end, *(x[:, :, hq] for x in joined[:1])) for results, (hq, _) in zip(found, split, strict=True)]
+    ends = [results.result() for results in found]
     out, lse = joined or (ends[0], found[0].lse)
     if extras.sink is not None:  # one more key, without a value
         sink = extras.sink.to(exact).view(-1, 1)
@@ -329,9 +327,13 @@ def _differentiate_attend(
     k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)
     split = _heads(job.recipe.heads_stride, q.shape[2], k.shape[2], most)
     features = [_features(n, job.recipe, q) for n in range(job.recipe.parts)]
-    dq = Whole(q, q.dtype, [(hq, each) for hq, _ in split for each in features])
-    dk = Whole(k, k.dtype if job.inner == 1 else exact, [(hk, each) for _, hk in split for each in features])
-    dv = Whole(v, v.dtype if job.inner == 1 else exact, [(hk, slice(None)) for _, hk in split])
+    of_rows = [plan.results.get(n, np.zeros(plan.q_rows, dtype=np.int32)) for n in range(job.recipe.parts)]
+    of_keys = [plan.gradients_home + plan.own_gradients.get(n, 0) for n in range(job.recipe.parts)]
+    of_values = sum(plan.own_gradients.values(), plan.gradients_home)
+    ends = (k.dtype, v.dtype) if job.inner == 1 else (exact, exact)
+    dq = Whole(q, q.dtype, [(hq, each) for hq, _ in split for each in features], of_rows * len(split))
+    dk = Whole(k, ends[0], [(hk, each) for _, hk in split for each in features], of_keys * len(split))
+    dv = Whole(v, ends[1], [(hk, slice(None)) for _, hk in split], [of_values] * len(split))
 
     def visit(n: int) -> Visit:
         heads = split[n][0]

@@ -7,11 +7,13 @@ on) or of the own shard (everything else). Gradients of a buffer's rows go to wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 
+from .geometry import covered, times
 from .layout import PACKINGS
 from .mask import NO_LIMIT, band_area
 
@@ -124,13 +126,27 @@ class RankPlan:
         return sum(int((calls.blocks[:, 2] == 0).sum()) for step in self.steps for calls in step.calls)
 
     @cached_property
+    def results(self) -> Mapping[int, np.ndarray]:
+        """How many results calls give for each query row, and gradients, by the part of the features."""
+        calls = [calls for step in self.steps for calls in step.calls]
+        return {part: times(self.q_rows, (c.blocks for c in calls if c.part == part)) for part in {c.part for c in calls}}
+
+    @cached_property
     def num_results(self) -> int:
         """The most results that calls give for a row."""
-        depth = np.zeros(self.q_rows + 1, dtype=np.int64)
-        for blocks in (calls.blocks for step in self.steps for calls in step.calls):
-            np.add.at(depth, blocks[:, 0], 1)
-            np.add.at(depth, blocks[:, 1], -1)
-        return int(depth.cumsum().max(initial=0))
+        return int(sum(self.results.values(), np.zeros(1)).max(initial=0))
+
+    @cached_property
+    def own_gradients(self) -> Mapping[int, np.ndarray]:
+        """How many gradients calls give for each row of the own shard, where it lies, by the part of the features."""
+        calls = self.steps[0].calls
+        own = {part: [covered(c.spans[:, 2:]) for c in calls if c.part == part] for part in {c.part for c in calls}}
+        return {part: times(self.k_rows, keys) for part, keys in own.items()}
+
+    @cached_property
+    def gradients_home(self) -> np.ndarray:
+        """How many gradients come home for each row of the own shard."""
+        return times(self.k_rows, (m.rows for step in self.steps for m in step.home_receive))
 
     @property
     def rows_sent(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .held import Held, Part, Scattered, exact_dtype, together
+from .held import HERE, Held, Part, Place, Scattered, exact_dtype, together
 
 
 class Sum(Held):
@@ -17,42 +17,56 @@ class Sum(Held):
     Args:
         like: a tensor of its shape.
         memory: where it is added up, uninitialised, in the `exact_dtype` of `like`; None: made, or taken, when it is needed.
+        end: its dtype in the end; the exact one where None.
+        into: memory for the end, uninitialised; None: made, or taken, when it is needed.
+        come: how many parts each row gets, see `Held`.
 
     Example:
         >>> import numpy as np
-        >>> total = Sum(torch.empty(1, 3, 1, 1, dtype=torch.bfloat16))
+        >>> total = Sum(torch.empty(1, 3, 1, 1, dtype=torch.bfloat16), end=torch.bfloat16)
         >>> total.add(np.array([[0, 2]]), torch.ones(1, 2, 1, 1))
         >>> total.add(np.array([[1, 2]]), torch.ones(1, 1, 1, 1))
-        >>> total.result(torch.bfloat16).flatten().tolist()
+        >>> total.result().flatten().tolist()
         [1.0, 2.0, 0.0]
     """
 
-    def __init__(self, like: Tensor, memory: Tensor | None = None) -> None:
-        super().__init__(like.shape[1], like.device)
+    def __init__(
+        self,
+        like: Tensor,
+        memory: Tensor | None = None,
+        *,
+        end: torch.dtype | None = None,
+        into: Tensor | None = None,
+        come: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(like.shape[1], like.device, come)
         self.like, self.memory, self._exact = like, memory, exact_dtype(like.dtype)
+        self._end, self._into = end or self._exact, into
 
     def total(self) -> Tensor:
         """All that has come, 0 where nothing has; kernels add to it in place."""
         self.finish()
         return self._total
 
-    def result(self, dtype: torch.dtype) -> Tensor:
-        """The end: the gradient, rounded once. It may be the very part that has come."""
-        if dtype == self._exact:
-            return self.total()
-        if (part := self._taken(dtype)) is None:
-            return self.store(self.like.new_empty(self.like.shape, dtype=dtype))
-        return self.store(part[0], holds=True)
+    def place(self, intervals: np.ndarray) -> Place:
+        """Where a kernel adds to rows of ordered disjoint intervals in place: rows to come again in the exact dtype."""
+        rows = self._states(intervals)
+        return Place(self._result, self._total if rows[:, 2].any() else None, rows)
 
-    def store(self, into: Tensor, holds: bool = False) -> Tensor:
-        """The end: the gradient in another dtype, rounded once, and besides what `into` `holds`, if it does."""
-        pieces = self._pieces(0, len(self._seen))
+    def result(self) -> Tensor:
+        """The end: the gradient, rounded once. It may be the very part that has come."""
+        if self._end == self._exact:
+            return self.total()
+        part = self._taken(self._end) if self._into is None else None
+        if part is not None:
+            (self._into,) = part
+        into, pieces = self._result, self._pieces(0, len(self._seen))
         if self._scattered(pieces):
-            self._by_table(pieces.besides((into,)) if holds else pieces, into=into)
+            self._by_table(pieces if part is None else pieces.besides(part), into=into)
             return into
         for rows, parts, seen in pieces:
             end = into[:, rows]
-            terms = [*([end] if holds else []), *([self._total[:, rows]] if seen else []), *(x for (x,) in parts)]
+            terms = [*([] if part is None else [end]), *([self._total[:, rows]] if seen else []), *(x for (x,) in parts)]
             add_all(end, terms)
         return into
 
@@ -62,9 +76,18 @@ class Sum(Held):
             self.memory = self.like.new_empty(self.like.shape, dtype=self._exact)
         return self.memory
 
+    @property
+    def _result(self) -> Tensor:
+        """Where it ends."""
+        if self._end == self._exact:
+            return self._total
+        if self._into is None:
+            self._into = self.like.new_empty(self.like.shape, dtype=self._end)
+        return self._into
+
     def _start(self) -> None:
         if self.memory is None and (part := self._taken(self._exact)):
-            (self.memory,), self._seen[:] = part, True
+            (self.memory,), self._seen[:] = part, HERE
 
     def _combine(self, rows: slice, parts: Sequence[Part], seen: bool) -> None:
         total = self._total[:, rows]
@@ -80,27 +103,26 @@ class Sum(Held):
 
 
 class Whole:
-    """A gradient ``[B, L, H, D]`` like a tensor, in `dtype`, as `parts` that are summed: the heads and features of each cut."""
+    """A gradient ``[B, L, H, D]`` like a tensor, in `dtype`, as `parts` that are summed: the heads and features of each cut.
 
-    def __init__(self, like: Tensor, dtype: torch.dtype, cuts: Sequence[tuple[slice, slice]]) -> None:
-        self._like, self._dtype = like, dtype
-        self._at = [(slice(None), slice(None), *cut) for cut in cuts]
-        together = len(cuts) > 1 and dtype == exact_dtype(like.dtype)
-        self._memory = like.new_empty(like.shape, dtype=dtype) if together else None
-        self.parts = [Sum(like[at], None if self._memory is None else self._memory[at]) for at in self._at]
+    `come` has for each cut how many parts its rows get.
+    """
+
+    def __init__(
+        self, like: Tensor, dtype: torch.dtype, cuts: Sequence[tuple[slice, slice]], come: Sequence[np.ndarray | None]
+    ) -> None:
+        self._memory = like.new_empty(like.shape, dtype=dtype) if len(cuts) > 1 else None
+        self.parts = []
+        for cut, each in zip(cuts, come, strict=True):
+            at = (slice(None), slice(None), *cut)
+            here = None if self._memory is None else self._memory[at]
+            memory, into = (here, None) if dtype == exact_dtype(like.dtype) else (None, here)
+            self.parts.append(Sum(like[at], memory, end=dtype, into=into, come=each))
 
     def finish(self) -> Tensor:
         """The gradient, contiguous."""
-        if len(self.parts) == 1:
-            return self.parts[0].result(self._dtype)
-        if self._memory is not None:
-            for total in self.parts:
-                total.finish()
-            return self._memory
-        made = self._like.new_empty(self._like.shape, dtype=self._dtype)
-        for at, total in zip(self._at, self.parts, strict=True):
-            total.store(made[at])
-        return made
+        ends = [total.result() for total in self.parts]
+        return ends[0] if self._memory is None else self._memory
 
 
 def add_all(out: Tensor, terms: Sequence[Tensor]) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..geometry import coalesce
+from ..merge import Results
 from ..sums import Sum
 
 Spans = np.ndarray
@@ -155,6 +157,12 @@ class Kernel(ABC):
             float64 for float64) of the spans' rows, span after span.
         """
 
+    def merge(self, results: Results, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
+        """Add each span's part to the results of q's rows: here as parts that `forward` gives, else in place."""
+        for group in self.groups(q, k, spans, window, False):
+            out, lse = self.forward(q, k, v, group, window, scores)
+            results.add(coalesce(group[:, :2]), out, lse.transpose(1, 2).unsqueeze(3))
+
     def differentiate(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
         """`backward`, for any backend with the gradient of the log-sum-exp.
 
@@ -173,7 +181,8 @@ class Kernel(ABC):
 
     @abstractmethod
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        """Add each span's part of dq, dk and dv to the sums in `grad`: in place in their `total`, or as parts that they `add`."""
+        """Add each span's part of dq, dk and dv to the sums in `grad`: as parts that they `add`, or in place, in their `total` or
+        where they `place` it."""
 
 
 @dataclass(frozen=True, eq=False)

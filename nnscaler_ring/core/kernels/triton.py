@@ -19,12 +19,17 @@ import torch
 from torch import Tensor
 
 from ..device import resident
-from ..geometry import union
+from ..geometry import coalesce, covered, overlaps, union
+from ..held import Place
 from ..layout import ranges
+from ..merge import Results
 from .base import Case, Grad, Kernel, Scores, Spans, Window
 
 ANY = 1 << 30
 """No limit, of a window."""
+
+
+_NO_STATES = np.empty((0, 3), dtype=np.int64)
 
 
 class Blocks(NamedTuple):
@@ -106,42 +111,55 @@ class Triton(Kernel):
             raise NotImplementedError("on CPU Triton has its interpreter alone, which TRITON_INTERPRET=1 turns on")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
-        from . import triton_kernels as compiled
-
         num_rows = int((spans[:, 1] - spans[:, 0]).sum())
         out = q.new_empty(q.shape[0], num_rows, q.shape[2], v.shape[3], dtype=torch.float32 if scores.merged else q.dtype)
         lse = q.new_empty(q.shape[0], q.shape[2], num_rows, dtype=torch.float32)
+        self._attend(q, k, v, spans, window, scores, Place(out, None, _NO_STATES), lse)
+        return out, lse
+
+    def merge(self, results: Results, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
+        place = results.place(coalesce(spans[np.argsort(spans[:, 0]), :2]))
+        self._attend(q, k, v, spans, window, scores, place, results.lse.squeeze(3).transpose(1, 2))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores, place: Place, lse: Tensor
+    ) -> None:
+        """The results at a `Place`, and into the log-sum-exp ``[B, H, L]``; end to end where it names no rows."""
+        from . import triton_kernels as compiled
+
         blocks = self._sizes(q, v, scores).forward
-        (tiles,) = _tables("rows", spans, window, blocks, q.device)
+        (tiles,) = _tables("rows", spans, window, blocks, q.device, place.rows)
         programs = len(tiles) * q.shape[0] * q.shape[2]
         if programs:
-            given = _Given(scores)
+            given, out = _Given(scores), place.end
+            merged, strides = (lse, [0, 0, 0]) if place.total is None else (place.total, _strides(place.total))
             compiled.forward[(programs,)](
-                *(q, k, v, out, lse, tiles, *given.tensors),
-                *(*_strides(q, k, v, out), *lse.stride()[:2], *given.strides),
+                *(q, k, v, out, merged, lse, tiles, *given.tensors),
+                *(*_strides(q, k, v, out), *strides, *lse.stride(), *given.strides),
                 *(len(tiles), q.shape[2], q.shape[2] // k.shape[2], *_sides(window), *given.numbers),
                 **_constants(q, v, blocks),
                 **given.flags,
             )
-        return out, lse
 
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
         from . import triton_kernels as compiled
 
         q, (batch, length, heads, _), heads_k = grad.q, grad.q.shape, k.shape[2]
-        (dq, dk, dv), given, sizes = grad.totals, _Given(scores), self._sizes(q, v, scores)
+        given, sizes = _Given(scores), self._sizes(q, v, scores)
         d_bias = grad.d_bias if scores.bias is not None else None
         delta, logs = torch.empty(2, batch, heads, length, dtype=torch.float32, device=q.device)
         if grad.d_lse is not None:
             torch.neg(grad.d_lse, out=delta)
-        (tiles,) = _tables("rows", spans, window, sizes.queries, q.device)
+        dq = grad.dq.place(coalesce(spans[np.argsort(spans[:, 0]), :2]))
+        (tiles,) = _tables("rows", spans, window, sizes.queries, q.device, dq.rows)
         programs = len(tiles) * batch * heads
         alone, atomic = shares(d_bias, batch, heads, grad.deterministic)
         step = programs if alone is None else len(tiles) * alone
+        (dq_end, dq_sum), dq_strides = _of_place(dq, delta)
         for program0 in range(0, programs, max(step, 1)):
             compiled.grad_queries[(step,)](
-                *(q, k, v, grad.out, grad.d_out, grad.lse, delta, logs, dq, d_bias, tiles, *given.tensors),
-                *(*_strides(q, k, v, grad.out, grad.d_out), *grad.lse.stride(), *delta.stride()[:2], *_strides(dq)),
+                *(q, k, v, grad.out, grad.d_out, grad.lse, delta, logs, dq_end, dq_sum, d_bias, tiles, *given.tensors),
+                *(*_strides(q, k, v, grad.out, grad.d_out), *grad.lse.stride(), *delta.stride()[:2], *dq_strides),
                 *((0, 0, 0) if d_bias is None else _bias_strides(d_bias)),
                 *given.strides,
                 *(len(tiles), heads, heads // heads_k, *_sides(window), *given.numbers, program0),
@@ -151,11 +169,14 @@ class Triton(Kernel):
                 ATOMIC=atomic,
                 D_LSE=grad.d_lse is not None,
             )
-        tiles, visits = _tables("keys", spans, window, sizes.keys, q.device)
+        keys = covered(spans[:, 2:])
+        dk, dv = grad.dk.place(keys), grad.dv.place(keys)
+        tiles, visits = _tables("keys", spans, window, sizes.keys, q.device, dk.rows, dv.rows)
         if len(tiles):
+            (dk_tensors, dk_strides), (dv_tensors, dv_strides) = _of_place(dk, delta), _of_place(dv, delta)
             compiled.grad_keys[(len(tiles) * batch * heads_k,)](
-                *(q, k, v, grad.d_out, delta, logs, dk, dv, tiles, visits, *given.tensors),
-                *(*_strides(q, k, v, grad.d_out), *delta.stride()[:2], *_strides(dk, dv), *given.strides),
+                *(q, k, v, grad.d_out, delta, logs, *dk_tensors, *dv_tensors, tiles, visits, *given.tensors),
+                *(*_strides(q, k, v, grad.d_out), *delta.stride()[:2], *dk_strides, *dv_strides, *given.strides),
                 *(len(tiles), heads, heads // heads_k, *_sides(window), *given.numbers),
                 **_constants(q, v, sizes.keys),
                 **given.flags,
@@ -163,6 +184,12 @@ class Triton(Kernel):
 
     def _sizes(self, q: Tensor, v: Tensor, scores: Scores) -> Sizes:
         return self.sizes or sizes_for(q, v, scores.bias is not None)
+
+
+def _of_place(place: Place, unused: Tensor) -> tuple[tuple[Tensor, Tensor], list[int]]:
+    """The end and the total of a gradient with their strides; in place of a total that is not there a tensor in its dtype."""
+    end, total = place.end, place.total
+    return (end, unused if total is None else total), [*_strides(end), *([0, 0, 0] if total is None else _strides(total))]
 
 
 def sizes_for(q: Tensor, v: Tensor, bias: bool) -> Sizes:
@@ -264,54 +291,65 @@ def _bias_strides(bias: Tensor) -> tuple[int, int, int]:
 # -- the tables ------------------------------------------------------------------------------------------------------------------
 
 
-def _tables(kind: str, spans: Spans, window: Window, blocks: Blocks, device: torch.device) -> Sequence[Tensor]:
-    """A table per kernel on the device."""
-    return resident(_made, device, kind, np.ascontiguousarray(spans, dtype=np.int64).tobytes(), window, blocks.rows, blocks.keys)
+def _tables(kind: str, spans: Spans, window: Window, blocks: Blocks, device: torch.device, *states: np.ndarray) -> Sequence[Tensor]:
+    """A table per kernel on the device; `states` are the rows of places."""
+    bytes_ = (np.ascontiguousarray(x, dtype=np.int64).tobytes() for x in (spans, *states))
+    return resident(_made, device, kind, window, blocks.rows, blocks.keys, *bytes_)
 
 
-def _made(kind: str, spans: bytes, window: Window, block_rows: int, block_keys: int) -> Sequence[np.ndarray]:
+def _made(kind: str, window: Window, block_rows: int, block_keys: int, spans: bytes, *states: bytes) -> Sequence[np.ndarray]:
     given = np.frombuffer(spans, dtype=np.int64).reshape(-1, 4)
+    placed = [np.frombuffer(each, dtype=np.int64).reshape(-1, 3) for each in states]
     left, right = _sides(window)
-    made = [row_tiles(given, left, right, block_rows, block_keys)]
     if kind == "keys":
-        made = list(key_tiles(given, left, right, block_rows, block_keys))
+        made = list(key_tiles(given, left, right, block_rows, block_keys, *placed))
+    else:
+        made = [row_tiles(given, left, right, block_rows, block_keys, *placed)]
     return [x.astype(np.int32) for x in made]
 
 
-def row_tiles(spans: Spans, left: int, right: int, block_rows: int, block_keys: int) -> np.ndarray:
+def row_tiles(spans: Spans, left: int, right: int, block_rows: int, block_keys: int, placed: np.ndarray = _NO_STATES) -> np.ndarray:
     """Tiles of query rows, those with the most to do first.
 
     Returns:
-        ``[n, 9]``: rows ``first:end``, the keys ``reach:reach_end`` that they can see, the alignment ``j1 - i1``, of the blocks of
-        keys counted from `reach` those ``whole:whole_end`` that all rows see entirely and the number of all, and the first of the
-        rows in the output.
+        ``[n, 10]``: rows ``first:end``, the keys ``reach:reach_end`` that they can see, the alignment ``j1 - i1``, of the blocks of
+        keys counted from `reach` those ``whole:whole_end`` that all rows see entirely and the number of all, the first of the
+        rows in the output, and the state of all, of the rows of a `Place`. Where none are `placed` the output has the spans' rows
+        end to end.
     """
-    which, first, end = _cut(spans[:, 0], spans[:, 1], block_rows)
-    i0, i1, j0, j1 = spans[which].T
+    lengths = spans[:, 1] - spans[:, 0]
+    start = np.cumsum(lengths) - lengths
+    if len(placed):
+        span, place = overlaps(spans[:, 0], spans[:, 1], placed[:, 0], placed[:, 1])
+        lo, hi = np.maximum(spans[span, 0], placed[place, 0]), np.minimum(spans[span, 1], placed[place, 1])
+        state, ahead = placed[place, 2], np.zeros_like(lo)
+    else:
+        span, lo, hi = np.arange(len(spans)), spans[:, 0], spans[:, 1]
+        state, ahead = np.zeros_like(lo), start - lo
+    which, first, end = _cut(lo, hi, block_rows)
+    _, i1, j0, j1 = spans[span[which]].T
     align = j1 - i1
     low, high = first + align, end - 1 + align  # the keys at distance 0 of the first and the last row
     reach, reach_end = np.maximum(j0, low - left), np.minimum(j1, high + right + 1)
     blocks = _visits(reach, reach_end, np.maximum(j0, high - left), np.minimum(j1, low + right + 1), block_keys)
-    lengths = spans[:, 1] - spans[:, 0]
-    at = (np.cumsum(lengths) - lengths)[which] + first - i0
     order = np.argsort(-blocks[2], kind="stable")
-    return np.column_stack([first, end, reach, reach_end, align, *blocks, at])[order]
+    return np.column_stack([first, end, reach, reach_end, align, *blocks, first + ahead[which], state[which]])[order]
 
 
-def key_tiles(spans: Spans, left: int, right: int, block_rows: int, block_keys: int) -> tuple[np.ndarray, np.ndarray]:
+def key_tiles(
+    spans: Spans, left: int, right: int, block_rows: int, block_keys: int, *placed: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Tiles of key rows, those with the most to do first, each with its visits to spans: spans may share keys, tiles do not.
 
     Returns:
-        ``[n, 4]``: keys ``first:end`` and the visits ``visit:visit_end``; and of the visits ``[m, 8]``: the query rows
-        ``reach:reach_end`` that can see the tile, the span's keys ``j0:j1``, its alignment, and the blocks of rows, as in
-        `row_tiles`.
+        ``[n, 6]``: keys ``first:end``, the visits ``visit:visit_end``, and the states of all keys, of the rows of the two places in
+        `placed`; and of the visits ``[m, 8]``: the query rows ``reach:reach_end`` that can see the tile, the span's keys ``j0:j1``,
+        its alignment, and the blocks of rows, as in `row_tiles`.
     """
-    _, lo, hi = union(np.zeros(len(spans), dtype=np.int64), spans[:, 2], spans[:, 3])
-    part, first, end = _cut(lo, hi, block_keys)
-    home = np.searchsorted(lo, spans[:, 2], side="right") - 1
-    start, before = lo[home], np.searchsorted(part, home)
-    tile0, tile1 = before + (spans[:, 2] - start) // block_keys, before + (spans[:, 3] - 1 - start) // block_keys
-    which, tile, _ = _cut(tile0, tile1 + 1, 1)
+    walls = np.concatenate([each[:, :2].ravel() for each in placed]) if placed else np.empty(0, dtype=np.int64)
+    _, lo, hi = union(np.zeros(len(spans), dtype=np.int64), spans[:, 2], spans[:, 3], (np.zeros_like(walls), walls))
+    _, first, end = _cut(lo, hi, block_keys)
+    which, tile = overlaps(spans[:, 2], spans[:, 3], first, end)
     i0, i1, j0, j1 = spans[which].T
     align = j1 - i1
     low, high = np.maximum(first[tile], j0) - align, np.minimum(end[tile], j1) - 1 - align  # the rows at distance 0
@@ -323,7 +361,8 @@ def key_tiles(spans: Spans, left: int, right: int, block_rows: int, block_keys: 
     visits = np.column_stack([reach, reach_end, j0, j1, align, *blocks])[order]
     bounds = np.searchsorted(tile[order], np.arange(len(first) + 1))
     work = np.bincount(tile, weights=blocks[2], minlength=len(first))
-    tiles = np.column_stack([first, end, bounds[:-1], bounds[1:]])
+    states = [each[np.searchsorted(each[:, 0], first, side="right") - 1, 2] for each in placed] or [np.zeros_like(first)] * 2
+    tiles = np.column_stack([first, end, bounds[:-1], bounds[1:], *states])
     return tiles[np.argsort(-work, kind="stable")], visits
 
 

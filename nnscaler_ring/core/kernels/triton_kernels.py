@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-QUERY_COLUMNS = tl.constexpr(9)
-KEY_COLUMNS = tl.constexpr(4)
+QUERY_COLUMNS = tl.constexpr(10)
+KEY_COLUMNS = tl.constexpr(6)
 VISIT_COLUMNS = tl.constexpr(8)
 """Columns of the tables, see `kernels.triton`."""
 
@@ -45,9 +45,21 @@ def _dot(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add(at, part, rows, columns):  # type: ignore[no-untyped-def]
+def _put(end, total, part, state, rows, columns):  # type: ignore[no-untyped-def]
+    """Store a tile: what has come `AGAIN` (1) is added to the total, which is where it stays if there is `MORE` (2) to come."""
     there = rows[:, None] & columns[None, :]
-    tl.store(at, tl.load(at, mask=there, other=0.0) + part, mask=there)
+    if state & 1 != 0:
+        part += tl.load(total, mask=there, other=0.0)
+    if state & 2 != 0:
+        tl.store(total, part.to(total.dtype.element_ty), mask=there)
+    else:
+        tl.store(end, part.to(end.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _at(x, b, h, first, x_b, x_l, x_h, rows, columns):  # type: ignore[no-untyped-def]
+    """The rows and columns of a tile that begins at a row of a head."""
+    return x + b * x_b + h * x_h + first * x_l + (rows[:, None] * x_l + columns[None, :])
 
 
 @triton.jit
@@ -73,32 +85,26 @@ def _kept(q_at, k_at, head, batch, seed_low, seed_high, dropped):  # type: ignor
 
 @triton.jit(do_not_specialize=CHANGING)
 def forward(  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, tiles, alibi, bias, q_at, far_at, k_at,
-    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, out_b, out_l, out_h, lse_b, lse_h, alibi_b, alibi_h, bias_h, bias_l, bias_t,
+    q, k, v, out, merged, lse, tiles, alibi, bias, q_at, far_at, k_at,
+    q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, out_b, out_l, out_h, merged_b, merged_l, merged_h, lse_b, lse_h, lse_l,
+    alibi_b, alibi_h, bias_h, bias_l, bias_t,
     num_tiles, heads, group, left, right, scale, softcap, kept_scale, dropped, seed_low, seed_high, batch0, head0,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of a tile of query rows in a head."""
+    """out and lse of a tile of query rows in a head: merged with what is there, by its state as in `_put`."""
     program = tl.program_id(0)
     tile = tiles + program % num_tiles * QUERY_COLUMNS
     b, h = (program // num_tiles // heads).to(tl.int64), (program // num_tiles % heads).to(tl.int64)
     first, end, reach, reach_end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
-    align, whole, whole_end, blocks, at = (
-        tl.load(tile + 4),
-        tl.load(tile + 5),
-        tl.load(tile + 6),
-        tl.load(tile + 7),
-        tl.load(tile + 8),
-    )
+    align, whole, whole_end, blocks = tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
+    at, state = tl.load(tile + 8).to(tl.int64), tl.load(tile + 9)
     d, dv, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, KEYS)
     row = tl.arange(0, ROWS)
     i = first + row
     there = i < end
-    query = _load(
-        q + b * q_b + h * q_h + first.to(tl.int64) * q_l + (row[:, None] * q_l + d[None, :]), there, d < D, True, D != BLOCK_D
-    )
+    query = _load(_at(q, b, h, first.to(tl.int64), q_b, q_l, q_h, row, d), there, d < D, True, D != BLOCK_D)
     k_from = k + b * k_b + h // group * k_h + (n[:, None] * k_l + d[None, :])
     v_from = v + b * v_b + h // group * v_h + (n[:, None] * v_l + dv[None, :])
     if DROPOUT:
@@ -155,17 +161,30 @@ def forward(  # type: ignore[no-untyped-def]
     some = total > 0
     total = tl.where(some, total, 1.0)
     acc = acc * (kept_scale / total)[:, None]
-    log = tl.where(some, (most + tl.log2(total)) / LOG2E, float("-inf"))
-    tl.store(lse + b * lse_b + h * lse_h + at + row, log, mask=there)
-    out_at = out + b * out_b + h * out_h + at.to(tl.int64) * out_l + (row[:, None] * out_l + dv[None, :])
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=there[:, None] & (dv < DV)[None, :])
+    log = tl.where(some, (most + tl.log2(total)) / LOG2E, float("-inf")).to(lse.dtype.element_ty)
+    lse_at = lse + b * lse_b + h * lse_h + (at + row) * lse_l
+    merged_at = _at(merged, b, h, at, merged_b, merged_l, merged_h, row, dv)
+    inside = there[:, None] & (dv < DV)[None, :]
+    if state & 1 != 0:
+        before, result = tl.load(lse_at, mask=there, other=float("-inf")), tl.load(merged_at, mask=inside, other=0.0)
+        higher = tl.maximum(before, log)
+        higher = tl.where(higher == float("-inf"), 0.0, higher)
+        old, new = tl.exp(before - higher), tl.exp(log - higher)
+        total = tl.where(old + new > 0, old + new, 1.0)
+        log = tl.where(old + new > 0, higher + tl.log(total), float("-inf"))
+        acc = acc * (new / total).to(tl.float32)[:, None] + result.to(tl.float32) * (old / total).to(tl.float32)[:, None]
+    tl.store(lse_at, log, mask=there)
+    if state & 2 != 0:
+        tl.store(merged_at, acc.to(merged.dtype.element_ty), mask=inside)
+    else:
+        tl.store(_at(out, b, h, at, out_b, out_l, out_h, row, dv), acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def grad_queries(  # type: ignore[no-untyped-def]
-    q, k, v, out, d_out, lse, delta, logs, dq, d_bias, tiles, alibi, bias, q_at, far_at, k_at,
+    q, k, v, out, d_out, lse, delta, logs, dq, dq_sum, d_bias, tiles, alibi, bias, q_at, far_at, k_at,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, out_b, out_l, out_h, do_b, do_l, do_h, lse_b, lse_h, lse_l, delta_b, delta_h,
-    dq_b, dq_l, dq_h, db_h, db_l, db_t, alibi_b, alibi_h, bias_h, bias_l, bias_t,
+    dq_b, dq_l, dq_h, sum_b, sum_l, sum_h, db_h, db_l, db_t, alibi_b, alibi_h, bias_h, bias_l, bias_t,
     num_tiles, heads, group, left, right, scale, softcap, kept_scale, dropped, seed_low, seed_high, batch0, head0, program0,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
@@ -185,13 +204,9 @@ def grad_queries(  # type: ignore[no-untyped-def]
     row = tl.arange(0, ROWS)
     i, base = first + row, first.to(tl.int64)
     there = i < end
-    query = _load(q + b * q_b + h * q_h + base * q_l + (row[:, None] * q_l + d[None, :]), there, d < D, True, D != BLOCK_D)
-    result = _load(
-        out + b * out_b + h * out_h + base * out_l + (row[:, None] * out_l + dv[None, :]), there, dv < DV, True, DV != BLOCK_DV
-    )
-    given = _load(
-        d_out + b * do_b + h * do_h + base * do_l + (row[:, None] * do_l + dv[None, :]), there, dv < DV, True, DV != BLOCK_DV
-    )
+    query = _load(_at(q, b, h, base, q_b, q_l, q_h, row, d), there, d < D, True, D != BLOCK_D)
+    result = _load(_at(out, b, h, base, out_b, out_l, out_h, row, dv), there, dv < DV, True, DV != BLOCK_DV)
+    given = _load(_at(d_out, b, h, base, do_b, do_l, do_h, row, dv), there, dv < DV, True, DV != BLOCK_DV)
     common = tl.sum(result.to(tl.float32) * given.to(tl.float32), 1)
     if D_LSE:
         common += tl.load(delta + b * delta_b + h * delta_h + i, mask=there, other=0.0)
@@ -256,15 +271,15 @@ def grad_queries(  # type: ignore[no-untyped-def]
             if SOFTCAP:
                 d_scores *= bend
             acc += _dot(d_scores.to(key.dtype), key, PRECISION)
-    dq_at = dq + b * dq_b + h * dq_h + base * dq_l + (row[:, None] * dq_l + d[None, :])
-    _add(dq_at, acc * scale, there, d < D)
+    end, total = _at(dq, b, h, base, dq_b, dq_l, dq_h, row, d), _at(dq_sum, b, h, base, sum_b, sum_l, sum_h, row, d)
+    _put(end, total, acc * scale, tl.load(tile + 9), there, d < D)
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def grad_keys(  # type: ignore[no-untyped-def]
-    q, k, v, d_out, delta, logs, dk, dv_sum, tiles, visits, alibi, bias, q_at, far_at, k_at,
+    q, k, v, d_out, delta, logs, dk, dk_sum, d_v, dv_sum, tiles, visits, alibi, bias, q_at, far_at, k_at,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h, do_b, do_l, do_h, delta_b, delta_h,
-    dk_b, dk_l, dk_h, dv_b, dv_l, dv_h, alibi_b, alibi_h, bias_h, bias_l, bias_t,
+    dk_b, dk_l, dk_h, ks_b, ks_l, ks_h, dv_b, dv_l, dv_h, vs_b, vs_l, vs_h, alibi_b, alibi_h, bias_h, bias_l, bias_t,
     num_tiles, heads, group, left, right, scale, softcap, kept_scale, dropped, seed_low, seed_high, batch0, head0,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
@@ -280,8 +295,8 @@ def grad_keys(  # type: ignore[no-untyped-def]
     column = tl.arange(0, KEYS)
     j, base = first + column, first.to(tl.int64)
     there = j < end
-    key = _load(k + b * k_b + hk * k_h + base * k_l + (column[:, None] * k_l + d[None, :]), there, d < D, True, D != BLOCK_D)
-    value = _load(v + b * v_b + hk * v_h + base * v_l + (column[:, None] * v_l + dv[None, :]), there, dv < DV, True, DV != BLOCK_DV)
+    key = _load(_at(k, b, hk, base, k_b, k_l, k_h, column, d), there, d < D, True, D != BLOCK_D)
+    value = _load(_at(v, b, hk, base, v_b, v_l, v_h, column, dv), there, dv < DV, True, DV != BLOCK_DV)
     q_from = q + b * q_b + (m[:, None] * q_l + d[None, :])
     do_from = d_out + b * do_b + (m[:, None] * do_l + dv[None, :])
     if ALIBI or BIAS or DROPOUT:
@@ -346,5 +361,7 @@ def grad_keys(  # type: ignore[no-untyped-def]
                 acc_k += _dot(d_scores.to(query.dtype), query, PRECISION)
                 h += turn + 1 == count
                 turn = tl.where(turn + 1 == count, 0, turn + 1)
-    _add(dk + b * dk_b + hk * dk_h + base * dk_l + (column[:, None] * dk_l + d[None, :]), acc_k * scale, there, d < D)
-    _add(dv_sum + b * dv_b + hk * dv_h + base * dv_l + (column[:, None] * dv_l + dv[None, :]), acc_v * kept_scale, there, dv < DV)
+    end, total = _at(dk, b, hk, base, dk_b, dk_l, dk_h, column, d), _at(dk_sum, b, hk, base, ks_b, ks_l, ks_h, column, d)
+    _put(end, total, acc_k * scale, tl.load(tile + 4), there, d < D)
+    end, total = _at(d_v, b, hk, base, dv_b, dv_l, dv_h, column, dv), _at(dv_sum, b, hk, base, vs_b, vs_l, vs_h, column, dv)
+    _put(end, total, acc_v * kept_scale, tl.load(tile + 5), there, dv < DV)
