@@ -186,7 +186,7 @@ def _backward(
 ) -> None:
     """Of `rows`, q, out, their gradient and the log-sum-exp, the gradients dq, dk and dv."""
     q, out, d_out, lse = rows
-    sums = [Sum(x) for x in into]
+    sums = [Sum(x, end=x.dtype, into=x) for x in into]
     kernel_of(q, k, v).backward(Grad(q, out, d_out, lse.contiguous(), *sums), k, v, spans, window, Scores(scale=scale))
-    for x, total in zip(into, sums, strict=True):
-        total.store(x)
+    for total in sums:
+        total.result()

@@ -16,8 +16,7 @@ class Sum(Held):
 
     Args:
         like: a tensor of its shape.
-        memory: where it is added up, uninitialised, in the `exact_dtype` of `like`; None: made, or taken, when it is needed.
-        end: its dtype in the end; the exact one where None.
+        end: its dtype in the end; the exact one, in which it is added up, where None.
         into: memory for the end, uninitialised; None: made, or taken, when it is needed.
         come: how many parts each row gets, see `Held`.
 
@@ -33,15 +32,15 @@ class Sum(Held):
     def __init__(
         self,
         like: Tensor,
-        memory: Tensor | None = None,
         *,
         end: torch.dtype | None = None,
         into: Tensor | None = None,
         come: np.ndarray | None = None,
     ) -> None:
         super().__init__(like.shape[1], like.device, come)
-        self.like, self.memory, self._exact = like, memory, exact_dtype(like.dtype)
+        self.like, self._exact = like, exact_dtype(like.dtype)
         self._end, self._into = end or self._exact, into
+        self.memory = into if self._end == self._exact else None
 
     def total(self) -> Tensor:
         """All that has come, 0 where nothing has; kernels add to it in place."""
@@ -115,9 +114,8 @@ class Whole:
         self.parts = []
         for cut, each in zip(cuts, come, strict=True):
             at = (slice(None), slice(None), *cut)
-            here = None if self._memory is None else self._memory[at]
-            memory, into = (here, None) if dtype == exact_dtype(like.dtype) else (None, here)
-            self.parts.append(Sum(like[at], memory, end=dtype, into=into, come=each))
+            into = None if self._memory is None else self._memory[at]
+            self.parts.append(Sum(like[at], end=dtype, into=into, come=each))
 
     def finish(self) -> Tensor:
         """The gradient, contiguous."""

@@ -105,7 +105,7 @@ class KVSums:
     @classmethod
     def inside(cls, rows: KV, parts: int) -> KVSums:
         """In the memory of rows, uninitialised."""
-        return cls([Sum(x, x) for x in rows.k.chunk(parts, -1)], Sum(rows.v, rows.v), rows)
+        return cls([Sum(x, into=x) for x in rows.k.chunk(parts, -1)], Sum(rows.v, into=rows.v), rows)
 
     def add(self, rows: np.ndarray, part: KV) -> None:
         """Rows, end to end, for those of some intervals."""
