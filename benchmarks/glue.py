@@ -157,7 +157,9 @@ class Moved(TorchDispatchMode):
             for module in (held, merge, passes):
                 patches.enter_context(mock.patch.object(module, "at_once", lambda _: most))
             patches.enter_context(mock.patch.object(held, "fused", lambda: kernels))
-            patches.enter_context(mock.patch.object(held, "on_device", lambda table, _: torch.from_numpy(table)))
+            patches.enter_context(
+                mock.patch.object(held, "resident", lambda make, _, *about: [torch.from_numpy(x) for x in make(*about)])
+            )
             patches.enter_context(mock.patch.object(passes, "kernel_for", lambda *_: kernel))
             patches.enter_context(mock.patch.object(PretendTransport, "start", lambda *_: lambda: None))
             yield

@@ -330,7 +330,7 @@ def test_a_walk_that_merges_many_at_once(
     for world in (3, 8):
         recipe = Recipe(group=f"local:{world}", layout=layout, transport=transport, kernel="reference", **given)
         got = oracle.run(inputs, 0.5, recipe, cu)
-        results.update(len(call.args[2]) for call in calls.call_args_list)
+        results.update(len(call.args[2]) for call in (*calls.call_args_list, *by_table.call_args_list))
         oracle.assert_close(got, oracle.dense(inputs, seen.as_array(), 0.5), 3e-2 if dtype == torch.bfloat16 else 1e-10)
     if layout == "zigzag-per-document":
         assert any(len(call.args) == 6 for call in by_table.call_args_list), "what lies in many intervals is merged row by row"

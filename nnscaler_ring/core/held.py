@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .device import MANY, on_device
+from .device import resident
 from .geometry import distinct, turns
 from .layout import ranges
 
@@ -159,11 +159,17 @@ class Scattered:
 
         int32 ``[rows, 2 + parts]``.
         """
-        size = np.diff(self.cuts)[which]
-        lo, seen, source = self.cuts[:-1][which], self.seen[which], self.source[which]
-        first = np.column_stack([lo, np.where(seen, lo, -1), source])
-        first, within = np.repeat(first, size, axis=0), ranges(np.zeros_like(size), size)
-        return on_device(np.where(first < 0, -1, first + within[:, None]).astype(np.int32), device)
+        lo, seen = self.cuts[:-1][which], self.seen[which]
+        first = np.column_stack([np.diff(self.cuts)[which], lo, np.where(seen, lo, -1), self.source[which]])
+        (table,) = resident(_row_by_row, device, first.shape[1], first.tobytes())
+        return table
+
+
+def _row_by_row(columns: int, pieces: bytes) -> Sequence[np.ndarray]:
+    """The table of pieces with so many rows that begin so in each of its columns."""
+    size, *first = np.frombuffer(pieces, dtype=np.int64).reshape(-1, columns).T
+    starts, within = np.repeat(np.column_stack(first), size, axis=0), ranges(np.zeros_like(size), size)
+    return [np.where(starts < 0, -1, starts + within[:, None]).astype(np.int32)]
 
 
 class Held(ABC):
@@ -225,7 +231,7 @@ class Held(ABC):
         return rows
 
     def _put(self, pieces: Pieces, clear: bool) -> None:
-        if self._scattered(pieces):
+        if self._scattered(sum(any(start >= 0 for start in starts) for starts in pieces.source)):
             self._by_table(pieces, clear)
             return
         for rows, parts, seen in pieces:
@@ -242,9 +248,9 @@ class Held(ABC):
             if which.any():
                 self._scatter(some, which, end)
 
-    def _scattered(self, pieces: Pieces) -> bool:
-        """The pieces are put together by a table."""
-        return self.most > 1 and len(pieces.seen) > MANY
+    def _scattered(self, launches: int) -> bool:
+        """Pieces that take so many launches, one by one, are put together by a table."""
+        return self.most > 1 and launches > 1
 
     def _pieces(self, lo: int, hi: int) -> Pieces:
         """The rows ``lo:hi`` and what is held for them, no longer."""

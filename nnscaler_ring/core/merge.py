@@ -114,7 +114,7 @@ class Results(Held):
             self.finish()
             return self.out
         pieces = self._pieces(0, len(self._seen))
-        if self._scattered(pieces):
+        if self._scattered(len(pieces.seen)):
             self._by_table(pieces, into=self._result)
             return self._result
         for rows, parts, seen in pieces:

@@ -200,7 +200,7 @@ def _in_parts(peer: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[Message
     )
 
 
-PARTS, LONG = 4, 256
+PARTS, LONG = 4, 32
 """Parts of a message, and rows of each, up to and from which they are sent by themselves."""
 
 

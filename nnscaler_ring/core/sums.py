@@ -59,8 +59,11 @@ class Sum(Held):
         part = self._taken(self._end) if self._into is None else None
         if part is not None:
             (self._into,) = part
+            if not (self._seen == HERE).any():  # it is all that has come but for what is held
+                self.memory, self._seen[:] = self._into, HERE
+                return self.total()
         into, pieces = self._result, self._pieces(0, len(self._seen))
-        if self._scattered(pieces):
+        if self._scattered(len(pieces.seen)):
             self._by_table(pieces if part is None else pieces.besides(part), into=into)
             return into
         for rows, parts, seen in pieces:
