@@ -507,7 +507,9 @@ TARGETS = {"narrow": (80, NARROW, 99), "wide": (80, WIDE, 163), "hopper": (90, H
 """Compute capability, blocks and KiB of shared memory."""
 
 
-def compile_kernel(name: str, table: str, key: tuple[int, int], dims: tuple[int, int], flags: dict[str, bool]) -> int:
+def compile_kernel(
+    name: str, table: str, key: tuple[int, int], dims: tuple[int, int], flags: dict[str, bool], lse: str = "fp32"
+) -> int:
     """Bytes of shared memory of a kernel, compiled without a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -531,7 +533,8 @@ def compile_kernel(name: str, table: str, key: tuple[int, int], dims: tuple[int,
     constants |= {} if flags["ALIBI"] or flags["BIAS"] or flags["DROPOUT"] else {"k_at": None, "q_at": None}
     types = {
         **dict.fromkeys(("q", "k", "v", "out", "d_out", "dq", "dk", "d_v"), f"*{dtype}"),
-        **dict.fromkeys(("merged", "lse", "delta", "logs", "dq_sum", "dk_sum", "dv_sum", "alibi", "bias", "d_bias"), "*fp32"),
+        **dict.fromkeys(("merged", "delta", "logs", "dq_sum", "dk_sum", "dv_sum", "alibi", "bias", "d_bias"), "*fp32"),
+        "lse": f"*{lse}",
         **dict.fromkeys(("q_at", "far_at", "k_at"), "*i64"),
         **dict.fromkeys(("tiles", "visits"), "*i32"),
         **dict.fromkeys(("scale", "softcap", "kept_scale"), "fp32"),
@@ -555,8 +558,8 @@ def check_compiled(cases: str) -> None:
     """Compiles, in a process without the interpreter, the cases that an expression gives; each must fit in its shared memory."""
     program = f"""
 from tests.test_triton import *
-for name, table, key, dims, flags in {cases}:
-    shared = compile_kernel(name, table, key, dims, flags)
+for name, table, key, dims, flags, *more in {cases}:
+    shared = compile_kernel(name, table, key, dims, flags, *more)
     assert shared <= TARGETS[table][2] << 10, (name, table, key, flags, shared)
     print(name, table, key, shared)
 """
@@ -571,6 +574,7 @@ KERNELS = ("forward", "grad_queries", "grad_keys")
 
 def test_the_kernels_compile() -> None:
     check_compiled("[(name, 'hopper', (2, 128), (128, 128), PLAIN) for name in KERNELS]")
+    check_compiled("[('forward', 'hopper', (2, 128), (128, 128), PLAIN, 'fp64')]")  # where many results are merged
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..device import resident
-from ..geometry import coalesce, covered, overlaps, union
+from ..geometry import covered, overlaps, union
 from ..held import Place
 from ..layout import ranges
 from ..merge import Results
@@ -118,7 +118,7 @@ class Triton(Kernel):
         return out, lse
 
     def merge(self, results: Results, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        place = results.place(coalesce(spans[np.argsort(spans[:, 0]), :2]))
+        place = results.place(covered(spans[:, :2]))
         self._attend(q, k, v, spans, window, scores, place, results.lse.squeeze(3).transpose(1, 2))
 
     def _attend(
@@ -150,7 +150,7 @@ class Triton(Kernel):
         delta, logs = torch.empty(2, batch, heads, length, dtype=torch.float32, device=q.device)
         if grad.d_lse is not None:
             torch.neg(grad.d_lse, out=delta)
-        dq = grad.dq.place(coalesce(spans[np.argsort(spans[:, 0]), :2]))
+        dq = grad.dq.place(covered(spans[:, :2]))
         (tiles,) = _tables("rows", spans, window, sizes.queries, q.device, dq.rows)
         programs = len(tiles) * batch * heads
         alone, atomic = shares(d_bias, batch, heads, grad.deterministic)

@@ -167,12 +167,12 @@ def forward(  # type: ignore[no-untyped-def]
     inside = there[:, None] & (dv < DV)[None, :]
     if state & 1 != 0:
         before, result = tl.load(lse_at, mask=there, other=float("-inf")), tl.load(merged_at, mask=inside, other=0.0)
-        higher = tl.maximum(before, log)
-        higher = tl.where(higher == float("-inf"), 0.0, higher)
-        old, new = tl.exp(before - higher), tl.exp(log - higher)
-        total = tl.where(old + new > 0, old + new, 1.0)
-        log = tl.where(old + new > 0, higher + tl.log(total), float("-inf"))
-        acc = acc * (new / total).to(tl.float32)[:, None] + result.to(tl.float32) * (old / total).to(tl.float32)[:, None]
+        top = tl.maximum(before, log)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        old, new = tl.exp(before - top), tl.exp(log - top)
+        both = tl.where(old + new > 0, old + new, 1.0)
+        log = tl.where(old + new > 0, top + tl.log(both), float("-inf"))
+        acc = acc * (new / both).to(tl.float32)[:, None] + result.to(tl.float32) * (old / both).to(tl.float32)[:, None]
     tl.store(lse_at, log, mask=there)
     if state & 2 != 0:
         tl.store(merged_at, acc.to(merged.dtype.element_ty), mask=inside)
