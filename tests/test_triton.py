@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnscaler_ring.core import engine
 from nnscaler_ring.core.kernels import Case, Grad, Scores
 from nnscaler_ring.core.kernels.base import Window, philox
 from nnscaler_ring.core.kernels.reference import Reference
@@ -282,6 +283,19 @@ def test_any_strides_and_untouched_inputs(device: torch.device) -> None:
     check_forward(Triton(), p, TOLERANCE[torch.float32])
     check_backward(Triton(), p, TOLERANCE[torch.float32])
     assert all(torch.equal(x, y) for x, y in zip(p.given, before, strict=True)), "inputs are as they were"
+
+
+@launches
+def test_a_nan_stays_one(device: torch.device) -> None:
+    """Of a run that has diverged, in one call and in what is merged in place."""
+    q, k, v = (torch.randn(1, 32, 1, 8, device=device) for _ in range(3))
+    q[0, 20] = torch.nan
+    for group, window in (("local:1", (-1, -1)), ("local:2", (12, 0))):
+        out, lse, _ = engine.attention(
+            *(q, k, v, None, None, None, None, None, None, 32, 32, 0.3, 0),
+            str(Recipe(group=group, kernel="triton", causal=True, window=window)),
+        )
+        assert out[0, 20].isnan().all() and lse[0, 0, 20].isnan() and out.isnan().sum() == 8 and lse.isnan().sum() == 1
 
 
 @launches

@@ -45,7 +45,16 @@ def _dot(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _put(end, total, part, state, rows, columns):  # type: ignore[no-untyped-def]
+def _rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x in another dtype. The interpreter cuts off what bfloat16 has not; rounded before, it is the same."""
+    if PRECISION == "wide" and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _put(end, total, part, state, rows, columns, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store a tile: what has come `AGAIN` (1) is added to the total, which is where it stays if there is `MORE` (2) to come."""
     there = rows[:, None] & columns[None, :]
     if state & 1 != 0:
@@ -53,7 +62,7 @@ def _put(end, total, part, state, rows, columns):  # type: ignore[no-untyped-def
     if state & 2 != 0:
         tl.store(total, part.to(total.dtype.element_ty), mask=there)
     else:
-        tl.store(end, part.to(end.dtype.element_ty), mask=there)
+        tl.store(end, _rounded(part, end.dtype.element_ty, PRECISION), mask=there)
 
 
 @triton.jit
@@ -158,7 +167,7 @@ def forward(  # type: ignore[no-untyped-def]
                 weights = tl.where(kept, weights, 0.0)
             value = _load(v_from + start.to(tl.int64) * v_l, j < reach_end, dv < DV, masked, DV != BLOCK_DV)
             acc = acc * fading[:, None] + _dot(weights.to(value.dtype), value, PRECISION)
-    some = total > 0
+    some = total != 0  # also a NaN, which stays one
     total = tl.where(some, total, 1.0)
     acc = acc * (kept_scale / total)[:, None]
     log = tl.where(some, (most + tl.log2(total)) / LOG2E, float("-inf")).to(lse.dtype.element_ty)
@@ -170,14 +179,15 @@ def forward(  # type: ignore[no-untyped-def]
         top = tl.maximum(before, log)
         top = tl.where(top == float("-inf"), 0.0, top)
         old, new = tl.exp(before - top), tl.exp(log - top)
-        both = tl.where(old + new > 0, old + new, 1.0)
-        log = tl.where(old + new > 0, top + tl.log(both), float("-inf"))
+        both = tl.where(old + new != 0, old + new, 1.0)
+        log = tl.where(old + new != 0, top + tl.log(both), float("-inf"))
         acc = acc * (new / both).to(tl.float32)[:, None] + result.to(tl.float32) * (old / both).to(tl.float32)[:, None]
     tl.store(lse_at, log, mask=there)
     if state & 2 != 0:
         tl.store(merged_at, acc.to(merged.dtype.element_ty), mask=inside)
     else:
-        tl.store(_at(out, b, h, at, out_b, out_l, out_h, row, dv), acc.to(out.dtype.element_ty), mask=inside)
+        result = _rounded(acc, out.dtype.element_ty, PRECISION)
+        tl.store(_at(out, b, h, at, out_b, out_l, out_h, row, dv), result, mask=inside)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -272,7 +282,7 @@ def grad_queries(  # type: ignore[no-untyped-def]
                 d_scores *= bend
             acc += _dot(d_scores.to(key.dtype), key, PRECISION)
     end, total = _at(dq, b, h, base, dq_b, dq_l, dq_h, row, d), _at(dq_sum, b, h, base, sum_b, sum_l, sum_h, row, d)
-    _put(end, total, acc * scale, tl.load(tile + 9), there, d < D)
+    _put(end, total, acc * scale, tl.load(tile + 9), there, d < D, PRECISION)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -362,6 +372,6 @@ def grad_keys(  # type: ignore[no-untyped-def]
                 h += turn + 1 == count
                 turn = tl.where(turn + 1 == count, 0, turn + 1)
     end, total = _at(dk, b, hk, base, dk_b, dk_l, dk_h, column, d), _at(dk_sum, b, hk, base, ks_b, ks_l, ks_h, column, d)
-    _put(end, total, acc_k * scale, tl.load(tile + 4), there, d < D)
+    _put(end, total, acc_k * scale, tl.load(tile + 4), there, d < D, PRECISION)
     end, total = _at(d_v, b, hk, base, dv_b, dv_l, dv_h, column, dv), _at(dv_sum, b, hk, base, vs_b, vs_l, vs_h, column, dv)
-    _put(end, total, acc_v * kept_scale, tl.load(tile + 5), there, dv < DV)
+    _put(end, total, acc_v * kept_scale, tl.load(tile + 5), there, dv < DV, PRECISION)
