@@ -32,6 +32,7 @@ from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.transformer_engine import TransformerEngine
 from nnscaler_ring.core.kernels.triton import Triton
 from nnscaler_ring.core.mask import build
+from nnscaler_ring.core.merge import Results
 from nnscaler_ring.core.recipe import Recipe
 from tests import oracle
 from tests.releases import (
@@ -221,13 +222,15 @@ def test_a_whole_ring(release: Release, layout: str, install: Callable[..., None
 def test_windows_that_transformer_engine_lacks_run_on_torchs_flash_attention(install, monkeypatch: pytest.MonkeyPatch) -> None:
     install(RELEASES_TE[-1])
     asked = []
-    for name in ("forward", "backward"):
-        monkeypatch.setattr(TransformerEngine.elsewhere, name, lambda *given, of=name: asked.append((of, given[-2])), raising=False)
+    for name in ("calls", "backward"):
+        monkeypatch.setattr(
+            TransformerEngine.elsewhere, name, lambda *given, of=name: asked.append((of, given[-2])) or [], raising=False
+        )
     kernel, window = TransformerEngine(), (-1, 2)
     p = problem(SPANS["inside"], window, (4, 2, 8, 8), BF16, torch.device("cpu"))
-    kernel.forward(*p.given[:3], p.spans, window, Scores(scale=1.0))
+    kernel.merge(Results(p.given.q, 8, BF16), *p.given[:3], p.spans, window, Scores(scale=1.0))
     kernel.backward(None, *p.given[1:3], p.spans, window, Scores(scale=1.0))
-    assert asked == [("forward", window), ("backward", window)]
+    assert asked == [("calls", window), ("backward", window)]
 
 
 # -- releases that are not known ---------------------------------------------------------------------------------------------------

@@ -138,10 +138,6 @@ class Kernel(ABC):
     def check_sizes(self, case: Case) -> None:
         """The part of `check` about device, dtype and sizes."""
 
-    def groups(self, q: Tensor, k: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
-        """The spans that are best given to `forward` together, in order: here all."""
-        return [spans]
-
     @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
         """Attention of each span.
@@ -158,10 +154,9 @@ class Kernel(ABC):
         """
 
     def merge(self, results: Results, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        """Add each span's part to the results of q's rows: here as parts that `forward` gives, else in place."""
-        for group in self.groups(q, k, spans, window, False):
-            out, lse = self.forward(q, k, v, group, window, scores)
-            results.add(coalesce(group[:, :2]), out, lse.transpose(1, 2).unsqueeze(3))
+        """Add each span's part to the results of q's rows: here as a part that `forward` gives, else in place."""
+        out, lse = self.forward(q, k, v, spans, window, scores)
+        results.add(coalesce(spans[:, :2]), out, lse.transpose(1, 2).unsqueeze(3))
 
     def differentiate(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
         """`backward`, for any backend with the gradient of the log-sum-exp.

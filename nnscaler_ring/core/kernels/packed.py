@@ -7,7 +7,7 @@ its library is called, forward and backward; here the rows are gathered, padded 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..device import on_device, resident, take
 from ..geometry import coalesce
+from ..merge import Results
 from ..sums import Sum
 from .base import Grad, Kernel, Scores, Spans, Window
 
@@ -109,16 +110,25 @@ class Packed(Kernel):
         return [spans] if gathered <= WORTH * apart.sum() else np.split(spans, np.flatnonzero(apart) + 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
+        outs, lses = zip(*((out, lse) for _, out, lse in self.calls(q, k, v, spans, window, scores)), strict=True)
+        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 1), torch.cat(lses, 2))
+
+    def merge(self, results: Results, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
+        for group, out, lse in self.calls(q, k, v, spans, window, scores):
+            results.add(coalesce(group[:, :2]), out, lse.transpose(1, 2).unsqueeze(3))
+
+    def calls(
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores
+    ) -> Iterator[tuple[Spans, Tensor, Tensor]]:
+        """The spans of each call of the library, and what `forward` gives for them."""
         batch, head_dim_v = q.shape[0], v.shape[-1]
         width, width_v = self.widths(q.shape[-1], head_dim_v)
         (q, k), (v,) = pad(q, k, width=width), pad(v, width=width_v)
-        outs, lses = [], []
         for group in self.groups(q, k, spans, window, False):
             packing = Packing(group, q)
             out, lse = self.attend(packing.call(window, scores), packing.rows(q), packing.keys(k), packing.keys(v))
-            outs.append(packing.apart(out, batch)[..., :head_dim_v])
-            lses.append(lse if packing.single else lse.unflatten(1, (batch, -1)).transpose(0, 1))
-        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 1), torch.cat(lses, 2))
+            lse = lse if packing.single else lse.unflatten(1, (batch, -1)).transpose(0, 1)
+            yield group, packing.apart(out, batch)[..., :head_dim_v], lse
 
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
         width, width_v = self.widths(grad.q.shape[-1], v.shape[-1])

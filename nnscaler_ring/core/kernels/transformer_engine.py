@@ -9,7 +9,7 @@ run on torch's FlashAttention-2. Its sinks, biases and dropout are not used. It 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -68,13 +68,13 @@ class TransformerEngine(Packed):
 
     def groups(self, q: Tensor, k: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
         """Rows end to end need a GPU of 9.0 or newer."""
-        if not _has(window):
-            return self.elsewhere.groups(q, k, spans, window, deterministic)
         together = torch.cuda.get_device_capability()[0] > 8
         return super().groups(q, k, spans, window, deterministic) if together else np.split(spans, range(1, len(spans)))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
-        run = super().forward if _has(window) else self.elsewhere.forward
+    def calls(
+        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores
+    ) -> Iterator[tuple[Spans, Tensor, Tensor]]:
+        run = super().calls if _has(window) else self.elsewhere.calls
         return run(q, k, v, spans, window, scores)
 
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
