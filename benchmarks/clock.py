@@ -106,7 +106,7 @@ def timed(run: Pass, kernel: Kernel, clock: Clock) -> Times:
         return wrapper
 
     calls = {"forward": watched("forward", 3), "backward": watched("backward", 3)}
-    if type(kernel).merge is not Kernel.merge:  # which calls `forward`
+    if type(kernel).merge is not Kernel.merge:  # that of `Kernel` calls `forward`
         calls["merge"] = watched("merge", 4)
     with (
         mock.patch.multiple(kernel, **calls),

@@ -48,7 +48,7 @@ def test_a_graph_keeps_the_tables_that_it_reads_again(captured: list[torch.Tenso
     tables.on_device(np.arange(5), CPU)
     cu = packed.bounds((3, 4), torch.empty(1))
     assert [x.tolist() for x in captured] == [[0, 1, 2, 3, 4], [0, 3, 7]]
-    tables._made.cache_clear()  # the graph's stays
+    tables._HOST.clear()  # the graph's stays
     assert captured[1].tolist() == cu.tolist() == [0, 3, 7]
 
 
@@ -85,6 +85,16 @@ def test_what_comes_again_is_made_once_and_sent_once() -> None:
         captures.return_value = False
         assert tables_of("about", 1) is first and tables_of("about", 2) is not first
         assert (makes.call_count, sends.call_count) == (2, 5)
+
+
+def test_what_came_longest_ago_goes_first() -> None:
+    """By bytes: many small tables, or few large ones."""
+    held, makes = tables._Lately(100), mock.Mock(side_effect=lambda: [torch.empty(10, dtype=torch.int32)])
+    for key in (1, 2, 1, 3, 1):
+        held.get(key, makes)
+    assert makes.call_count == 3 and set(held._tables) == {1, 3}
+    held.get(4, lambda: [torch.empty(1000)])
+    assert set(held._tables) == {4}, "one is held, whatever its size"
 
 
 def test_nothing_is_kept_where_nothing_is_captured() -> None:

@@ -243,6 +243,21 @@ def test_in_place_and_what_comes_later(dtype: torch.dtype, known: bool, monkeypa
         assert torch.equal(total.result().float(), want)
 
 
+def test_more_than_was_to_come_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a plan that counts wrong: nothing is lost without a word."""
+    many_at_once(monkeypatch)
+    every, once = np.array([[0, 64]]), np.ones(64, dtype=np.int32)
+    rows = np.arange(0, 65).repeat(2)[1:-1].reshape(-1, 2)[::2]
+    for again in (every, rows):
+        total = Sum(torch.empty(1, 64, 1, 1, dtype=torch.bfloat16), end=torch.bfloat16, come=once)
+        put(total.place(every), torch.ones(1, 64, 1, 1))
+        with pytest.raises(AssertionError, match="no more was to come"):
+            total.place(again)
+        total.add(again, torch.ones(1, int(np.diff(again).sum()), 1, 1))
+        with pytest.raises(AssertionError, match="no more was to come"):
+            total.result()
+
+
 def deepest(total: Sum) -> int:
     """The most parts that are held of a row."""
     return max(sum(lo <= row < hi for layer in total._held for lo, hi, _ in layer.at) for row in range(total.like.shape[1]))
@@ -302,7 +317,7 @@ def test_a_part_of_all_rows_is_the_gradient(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(("queries", "keys"), [(2, 2), (3, 3), (1, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_keys_and_values_of_one_row_share_no_memory(dtype: torch.dtype, queries: int, keys: int, transport: str) -> None:
-    """A packed row of keys and values is contiguous in each of its halves; ops of torch give no two results in one memory."""
+    """A row is contiguous in each half of a buffer of keys and values; ops of torch give no two results in one memory."""
     for rank in range(keys):
         recipe = Recipe(group=f"pretend:{keys}:{rank}", transport=transport, kernel="reference", reduce_dtype=str(dtype)[6:])
         held = layout_of("contiguous", queries, keys).counts[rank]

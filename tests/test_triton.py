@@ -102,7 +102,8 @@ def check_tiles(spans: np.ndarray, window: Window, step_i: int, step_j: int) -> 
     assert [i for _, i in sorted(written)] == [i for i0, i1, _, _ in spans.tolist() for i in range(i0, i1)]
     assert [at for at, _ in sorted(written)] == list(range(len(written)))
 
-    tiles, visits = key_tiles(spans, left, right, step_i, step_j)
+    alone = np.array([[0, seen.shape[1], 0]])
+    tiles, visits = key_tiles(spans, left, right, step_i, step_j, alone, alone)
     visited, covered = np.zeros_like(seen), np.zeros(seen.shape[1], dtype=int)
     for first, end, visit, visit_end, _, _ in tiles.tolist():
         assert 0 < end - first <= step_j
@@ -179,14 +180,14 @@ def test_tiles_with_the_most_to_do_come_first() -> None:
     spans = np.array([(0, 1000, 0, 1000)])
     work = row_tiles(spans, ANY, 0, 64, 64)[:, 7]
     assert work[0] == 16 and (np.diff(work) <= 0).all()
-    tiles, visits = key_tiles(spans, ANY, 0, 64, 64)
+    tiles, visits = key_tiles(spans, ANY, 0, 64, 64, *[np.array([[0, 1000, 0]])] * 2)
     work = visits[tiles[:, 2], 7]
     assert work[0] == 16 and (np.diff(work) <= 0).all()
 
 
 def test_most_blocks_of_a_causal_span_need_no_mask() -> None:
     spans = np.array([(0, 4096, 0, 4096)])
-    for table in (row_tiles(spans, ANY, 0, 128, 64), key_tiles(spans, ANY, 0, 64, 128)[1]):
+    for table in (row_tiles(spans, ANY, 0, 128, 64), key_tiles(spans, ANY, 0, 64, 128, *[np.array([[0, 4096, 0]])] * 2)[1]):
         whole, whole_end, count = table[:, 5:8].sum(0)
         assert count == 32 * 33 and whole_end - whole == 32 * 31
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -41,15 +42,49 @@ def on_device(table: Tensor | np.ndarray, device: torch.device) -> Tensor:
     return send(readable(table, device.type), device)
 
 
-Made = Callable[..., Sequence[np.ndarray]]
+Maker = Callable[..., Sequence[np.ndarray]]
 
 
-def resident(make: Made, device: torch.device, *about: Hashable) -> Sequence[Tensor]:
+def resident(make: Maker, device: torch.device, *about: Hashable) -> Sequence[Tensor]:
     """The tables ``make(*about)`` on a device, those that come again made once and, where they may stay, sent once.
 
     Nobody writes to them.
     """
-    return (_sent if _may_stay(device) else _sent.__wrapped__)(make, device, *about)
+    held = _HOST.get((make, device.type, *about), lambda: [readable(table, device.type) for table in make(*about)])
+    if not _may_stay(device):
+        return [send(table, device) for table in held]
+    return _DEVICE.get((make, device, *about), lambda: [send(table, device) for table in held])
+
+
+class _Lately:
+    """Tables that were asked for lately, up to so many bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes, self._lock = most, 0, Lock()
+        self._tables: OrderedDict[Hashable, Sequence[Tensor]] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+                return self._tables[key]
+        made = make()
+        with self._lock:
+            if key not in self._tables:
+                self._tables[key] = made
+                self._bytes += sum(x.nbytes for x in made)
+            while self._bytes > self._most and len(self._tables) > 1:
+                _, oldest = self._tables.popitem(last=False)
+                self._bytes -= sum(x.nbytes for x in oldest)
+        return made
+
+    def clear(self) -> None:
+        with self._lock:
+            self._tables.clear()
+            self._bytes = 0
+
+
+_HOST, _DEVICE = _Lately(64 << 20), _Lately(64 << 20)
 
 
 def _may_stay(device: torch.device) -> bool:
@@ -61,16 +96,6 @@ def _may_stay(device: torch.device) -> bool:
     if device.type == "cuda" and torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
         return False
     return device.type != "xpu" and not captures(device)  # XPUs have no default stream
-
-
-@lru_cache(maxsize=256)
-def _sent(make: Made, device: torch.device, *about: Hashable) -> Sequence[Tensor]:
-    return [send(table, device) for table in _made(make, device.type, *about)]
-
-
-@lru_cache(maxsize=256)
-def _made(make: Made, device: str, *about: Hashable) -> Sequence[Tensor]:
-    return [readable(table, device) for table in make(*about)]
 
 
 def on_host(table: Tensor) -> Tensor:

@@ -217,17 +217,21 @@ class Held(ABC):
     def _states(self, intervals: np.ndarray) -> np.ndarray:
         """The rows of ordered disjoint intervals in which a kernel puts together what comes now, as in `Place`."""
         assert not self._held, "a kernel gives parts or puts together in place"
-        more = np.ones_like(self._seen) if self._come is None else self._come > 1
-        state = AGAIN * (self._seen == HERE) + MORE * more
-        points = distinct(np.concatenate([intervals.ravel(), 1 + np.flatnonzero(state[1:] != state[:-1])]))
+        if not len(intervals):
+            return np.empty((0, 3), dtype=np.int64)
+        first = intervals[0, 0]
+        seen = self._seen[first : intervals[-1, 1]]
+        state = AGAIN * (seen == HERE).view(np.int8)
+        state |= MORE if self._come is None else MORE * (self._come[first : intervals[-1, 1]] > 1).view(np.int8)
+        points = distinct(np.concatenate([intervals.ravel(), first + 1 + np.flatnonzero(state[1:] != state[:-1])]))
         lo, hi = points[:-1], points[1:]
-        at = np.searchsorted(intervals[:, 0], lo, side="right") - 1
-        inside = (at >= 0) & (lo < intervals[at, 1])
-        rows = np.column_stack([lo, hi, state[lo]])[inside]
-        for first, end, kind in rows.tolist():
-            self._seen[first:end] = HERE if kind & MORE else DONE
+        inside = lo < intervals[np.searchsorted(intervals[:, 0], lo, side="right") - 1, 1]
+        rows = np.column_stack([lo, hi, state[lo - first]])[inside]
+        for begin, end, kind in rows.tolist():
+            assert not (self._seen[begin:end] == DONE).any(), "no more was to come"
+            self._seen[begin:end] = HERE if kind & MORE else DONE
             if self._come is not None:
-                self._come[first:end] -= 1
+                self._come[begin:end] -= 1
         return rows
 
     def _put(self, pieces: Pieces, clear: bool) -> None:
@@ -244,6 +248,7 @@ class Held(ABC):
         """Put together all rows in few launches, the end of all in `into` if that is given."""
         for some, which, last in Scattered.of(pieces).groups(self.most):
             end = into if last else None
+            assert not (some.touched & ~some.open).any(), "no more was to come"
             which = which & some.open & (end is not None or some.touched | (clear & last & ~some.seen))
             if which.any():
                 self._scatter(some, which, end)
@@ -300,7 +305,7 @@ class Held(ABC):
 
 
 def alone(x: Tensor) -> bool:
-    """Whether a tensor is contiguous, in memory that is no other's."""
+    """Whether a tensor is contiguous and fills its memory, so that it is no part of another."""
     return x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes > 0
 
 

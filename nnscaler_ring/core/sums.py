@@ -43,7 +43,7 @@ class Sum(Held):
         self.memory = into if self._end == self._exact else None
 
     def total(self) -> Tensor:
-        """All that has come, 0 where nothing has; kernels add to it in place."""
+        """All that has come, 0 where nothing has, for kernels that add to it in place; not of rows that were done at a `place`."""
         self.finish()
         return self._total
 

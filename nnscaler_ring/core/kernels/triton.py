@@ -294,10 +294,10 @@ def _bias_strides(bias: Tensor) -> tuple[int, int, int]:
 def _tables(kind: str, spans: Spans, window: Window, blocks: Blocks, device: torch.device, *states: np.ndarray) -> Sequence[Tensor]:
     """A table per kernel on the device; `states` are the rows of places."""
     bytes_ = (np.ascontiguousarray(x, dtype=np.int64).tobytes() for x in (spans, *states))
-    return resident(_made, device, kind, window, blocks.rows, blocks.keys, *bytes_)
+    return resident(_made_of, device, kind, window, blocks.rows, blocks.keys, *bytes_)
 
 
-def _made(kind: str, window: Window, block_rows: int, block_keys: int, spans: bytes, *states: bytes) -> Sequence[np.ndarray]:
+def _made_of(kind: str, window: Window, block_rows: int, block_keys: int, spans: bytes, *states: bytes) -> Sequence[np.ndarray]:
     given = np.frombuffer(spans, dtype=np.int64).reshape(-1, 4)
     placed = [np.frombuffer(each, dtype=np.int64).reshape(-1, 3) for each in states]
     left, right = _sides(window)
@@ -343,10 +343,10 @@ def key_tiles(
 
     Returns:
         ``[n, 6]``: keys ``first:end``, the visits ``visit:visit_end``, and the states of all keys, of the rows of the two places in
-        `placed`; and of the visits ``[m, 8]``: the query rows ``reach:reach_end`` that can see the tile, the span's keys ``j0:j1``,
-        its alignment, and the blocks of rows, as in `row_tiles`.
+        `placed`, of dk and dv; and of the visits ``[m, 8]``: the query rows ``reach:reach_end`` that can see the tile, the span's
+        keys ``j0:j1``, its alignment, and the blocks of rows, as in `row_tiles`.
     """
-    walls = np.concatenate([each[:, :2].ravel() for each in placed]) if placed else np.empty(0, dtype=np.int64)
+    walls = np.concatenate([each[:, :2].ravel() for each in placed])
     _, lo, hi = union(np.zeros(len(spans), dtype=np.int64), spans[:, 2], spans[:, 3], (np.zeros_like(walls), walls))
     _, first, end = _cut(lo, hi, block_keys)
     which, tile = overlaps(spans[:, 2], spans[:, 3], first, end)
@@ -361,7 +361,7 @@ def key_tiles(
     visits = np.column_stack([reach, reach_end, j0, j1, align, *blocks])[order]
     bounds = np.searchsorted(tile[order], np.arange(len(first) + 1))
     work = np.bincount(tile, weights=blocks[2], minlength=len(first))
-    states = [each[np.searchsorted(each[:, 0], first, side="right") - 1, 2] for each in placed] or [np.zeros_like(first)] * 2
+    states = [each[np.searchsorted(each[:, 0], first, side="right") - 1, 2] for each in placed]
     tiles = np.column_stack([first, end, bounds[:-1], bounds[1:], *states])
     return tiles[np.argsort(-work, kind="stable")], visits
 
