@@ -37,7 +37,7 @@ def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[Part], fresh: bool, int
     assert into is out or len(parts) == 1, "where one is merged at once nothing is held to the end"
     for part, part_lse in parts[fresh:]:
         weight = torch.sigmoid(part_lse - lse).nan_to_num_(nan=0.0)  # -inf less -inf: neither has seen anything
-        out.lerp_(part.to(out.dtype), weight.to(out.dtype))
+        out.lerp_(part.to(out.dtype), weight.to(out.dtype).contiguous())  # as out lies: torch's loops are longer then
         lse.copy_(torch.logaddexp(lse, part_lse))
 
 
