@@ -190,7 +190,7 @@ class Held(ABC):
         self.most, self.device = at_once(device.type), device
         self._held: list[Layer] = []
         self._seen = np.zeros(rows, dtype=np.int8)
-        self._come = None if come is None else come.copy()
+        self._come, self._placed = come, False
 
     def add(self, intervals: np.ndarray, *part: Tensor) -> None:
         """A part of the rows ``lo:hi`` of some intervals ``[m, 2]``, end to end in its tensors; they may share rows."""
@@ -219,6 +219,8 @@ class Held(ABC):
         assert not self._held, "a kernel gives parts or puts together in place"
         if not len(intervals):
             return np.empty((0, 3), dtype=np.int64)
+        if not self._placed:
+            self._come, self._placed = None if self._come is None else self._come.copy(), True
         first = intervals[0, 0]
         seen = self._seen[first : intervals[-1, 1]]
         state = AGAIN * (seen == HERE).view(np.int8)
@@ -265,7 +267,7 @@ class Held(ABC):
             inside = [layer.within(lo, hi) for layer in inside]
             self._held, inside = ([layer for layer in layers if layer.at] for layers in (rest, inside))
         ends = {lo, hi, *(end for at, _ in inside for a, b, _ in at for end in (a, b))}
-        if (self._seen != self._seen[:1]).any():
+        if 0 < np.count_nonzero(self._seen) < len(self._seen) or self._placed:
             ends.update((lo + 1 + np.flatnonzero(np.diff(self._seen[lo:hi]))).tolist())
         cuts = sorted(ends)
         source = [[-1] * len(inside) for _ in cuts[1:]]

@@ -37,13 +37,18 @@ def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[Part], fresh: bool, int
     assert into is out or len(parts) == 1, "where one is merged at once nothing is held to the end"
     for part, part_lse in parts[fresh:]:
         weight = torch.sigmoid(part_lse - lse).nan_to_num_(nan=0.0)  # -inf less -inf: neither has seen anything
-        out.lerp_(part.to(out.dtype), weight.to(out.dtype).contiguous())  # as out lies: torch's loops are longer then
+        out.lerp_(part.to(out.dtype), weight.to(out.dtype))
         lse.copy_(torch.logaddexp(lse, part_lse))
 
 
 def empty_lse(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory for the log-sum-exp ``[B, L, H, 1]`` of ``[B, L, H, ...]``; it lies as kernels give it, heads first."""
+    """Uninitialised memory for the log-sum-exp ``[B, L, H, 1]`` of ``[B, L, H, ...]``.
+
+    It lies heads first, as kernels give it; where results are merged op by op, as they lie, which makes torch's loops longer.
+    """
     batch, rows, heads = like.shape[:3]
+    if at_once(like.device.type) == 1:
+        return like.new_empty((batch, rows, heads, 1), dtype=dtype)
     return like.new_empty((batch, heads, rows), dtype=dtype).transpose(1, 2).unsqueeze(3)
 
 

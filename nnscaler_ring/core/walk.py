@@ -54,7 +54,7 @@ class KV:
 
     def part(self, step: Step) -> KV:
         """The buffer of a step in its memory."""
-        return self[step.at : step.at + step.size]
+        return self if step.size == len(self.keys) else self[step.at : step.at + step.size]
 
     def take(self, rows: np.ndarray) -> KV:
         """The rows of some intervals, end to end: where they lie, if it is one interval."""
@@ -126,7 +126,10 @@ class KVSums:
 
 def room(data: Tensor, rows: np.ndarray) -> Tensor:
     """Where the rows of some intervals are received: right there if it is one interval, else `put` stores them."""
-    return data[slice(*rows[0])] if len(rows) == 1 else data.new_empty(int((rows[:, 1] - rows[:, 0]).sum()), *data.shape[1:])
+    if len(rows) != 1:
+        return data.new_empty(int((rows[:, 1] - rows[:, 0]).sum()), *data.shape[1:])
+    lo, hi = rows[0].tolist()
+    return data if hi - lo == len(data) else data[lo:hi]
 
 
 def put(data: Tensor, rows: np.ndarray, part: Tensor) -> None:
