@@ -54,7 +54,7 @@ class KV:
 
     def part(self, step: Step) -> KV:
         """The buffer of a step in its memory."""
-        return self if step.size == len(self.keys) else self[step.at : step.at + step.size]
+        return self if step.size == self.keys.shape[0] else self[step.at : step.at + step.size]
 
     def take(self, rows: np.ndarray) -> KV:
         """The rows of some intervals, end to end: where they lie, if it is one interval."""
@@ -68,13 +68,20 @@ class KV:
 
     def empty(self, size: int, dtype: torch.dtype) -> KV:
         """Uninitialised rows of this kind, in one buffer."""
-        widths = [prod(x.shape[1:]) for x in self]
-        halves = self.keys.new_empty(size * sum(widths), dtype=dtype).split([size * width for width in widths])
-        return KV(*(half.view(size, *x.shape[1:]) for half, x in zip(halves, self, strict=True)))
+        shapes = [(size, *x.shape[1:]) for x in self]
+        half, rest = map(prod, shapes)
+        data = self.keys.new_empty(half + rest, dtype=dtype)
+        keys, values = (data.as_strided(shape, _strides(shape), at) for shape, at in zip(shapes, (0, half), strict=True))
+        return KV(keys, values)
 
     def like(self, dtype: torch.dtype) -> KV:
         """As many uninitialised rows."""
-        return self.empty(len(self.keys), dtype)
+        return self.empty(self.keys.shape[0], dtype)
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Those of a contiguous tensor."""
+    return [prod(shape[n + 1 :]) for n in range(len(shape))]
 
 
 def outgoing(own: KV, messages: Sequence[Message]) -> Callable[[np.ndarray], KV]:
@@ -129,7 +136,7 @@ def room(data: Tensor, rows: np.ndarray) -> Tensor:
     if len(rows) != 1:
         return data.new_empty(int((rows[:, 1] - rows[:, 0]).sum()), *data.shape[1:])
     lo, hi = rows[0].tolist()
-    return data if hi - lo == len(data) else data[lo:hi]
+    return data if hi - lo == data.shape[0] else data[lo:hi]
 
 
 def put(data: Tensor, rows: np.ndarray, part: Tensor) -> None:
