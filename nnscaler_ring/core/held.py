@@ -62,11 +62,13 @@ class Place(NamedTuple):
         total: the same in the exact dtype, for rows to which more is to come, and what rows had `AGAIN`; None where there are none
             of them. It may be `end`.
         rows: ``[n, 3]`` ``(lo, hi, state)``: the kernel's rows, ordered, by `AGAIN` and `MORE`.
+        lse: of results, ``[B, H, L]``.
     """
 
     end: Tensor
     total: Tensor | None
     rows: np.ndarray
+    lse: Tensor | None = None
 
 
 class Layer(NamedTuple):
@@ -214,6 +216,11 @@ class Held(ABC):
         self._put(self._pieces(lo, len(self._seen) if hi is None else hi), clear=True)
         self._seen[lo:hi] |= self._seen[lo:hi] == 0
 
+    def place(self, intervals: np.ndarray) -> Place:
+        """Where a kernel puts together rows of ordered disjoint intervals in place: those to come again in the exact dtype."""
+        rows = self._states(intervals)
+        return Place(self._result, self._total if rows[:, 2].any() else None, rows)
+
     def _states(self, intervals: np.ndarray) -> np.ndarray:
         """The rows of ordered disjoint intervals in which a kernel puts together what comes now, as in `Place`."""
         assert not self._held, "a kernel gives parts or puts together in place"
@@ -287,6 +294,16 @@ class Held(ABC):
                 del self._held[n]
                 return part
         return None
+
+    @property
+    @abstractmethod
+    def _result(self) -> Tensor:
+        """Where rows end."""
+
+    @property
+    @abstractmethod
+    def _total(self) -> Tensor:
+        """Where they are put together."""
 
     @abstractmethod
     def _start(self) -> None:

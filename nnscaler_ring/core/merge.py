@@ -87,7 +87,6 @@ class Results(Held):
 
     @property
     def _result(self) -> Tensor:
-        """Where the result ends."""
         if self._into is None:
             self._into = self._empty(self._end)
         return self._into
@@ -102,16 +101,18 @@ class Results(Held):
         return self._out
 
     @property
+    def _total(self) -> Tensor:
+        return self.out
+
+    @property
     def lse(self) -> Tensor:
         if self._lse is None:
             self._lse = empty_lse(self._like, self._lse_dtype)
         return self._lse
 
     def place(self, intervals: np.ndarray) -> Place:
-        """Where a kernel merges rows of ordered disjoint intervals in place, as in `lse`; rows to come again in the exact dtype."""
         self._dtype = exact_dtype(self._end)
-        rows = self._states(intervals)
-        return Place(self._result, self.out if rows[:, 2].any() else None, rows)
+        return super().place(intervals)._replace(lse=self.lse.squeeze(3).transpose(1, 2))
 
     def result(self) -> Tensor:
         """The end: out, rounded once. It may be the very part that has come."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .held import HERE, Held, Part, Place, Scattered, exact_dtype, together
+from .held import HERE, Held, Part, Scattered, exact_dtype, together
 
 
 class Sum(Held):
@@ -47,11 +47,6 @@ class Sum(Held):
         self.finish()
         return self._total
 
-    def place(self, intervals: np.ndarray) -> Place:
-        """Where a kernel adds to rows of ordered disjoint intervals in place: rows to come again in the exact dtype."""
-        rows = self._states(intervals)
-        return Place(self._result, self._total if rows[:, 2].any() else None, rows)
-
     def result(self) -> Tensor:
         """The end: the gradient, rounded once. It may be the very part that has come."""
         if self._end == self._exact:
@@ -80,7 +75,6 @@ class Sum(Held):
 
     @property
     def _result(self) -> Tensor:
-        """Where it ends."""
         if self._end == self._exact:
             return self._total
         if self._into is None:

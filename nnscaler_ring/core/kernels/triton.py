@@ -114,24 +114,22 @@ class Triton(Kernel):
         num_rows = int((spans[:, 1] - spans[:, 0]).sum())
         out = q.new_empty(q.shape[0], num_rows, q.shape[2], v.shape[3], dtype=torch.float32 if scores.merged else q.dtype)
         lse = q.new_empty(q.shape[0], q.shape[2], num_rows, dtype=torch.float32)
-        self._attend(q, k, v, spans, window, scores, Place(out, None, _NO_STATES), lse)
+        self._attend(q, k, v, spans, window, scores, Place(out, None, _NO_STATES, lse))
         return out, lse
 
     def merge(self, results: Results, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        place = results.place(covered(spans[:, :2]))
-        self._attend(q, k, v, spans, window, scores, place, results.lse.squeeze(3).transpose(1, 2))
+        self._attend(q, k, v, spans, window, scores, results.place(covered(spans[:, :2])))
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores, place: Place, lse: Tensor
-    ) -> None:
-        """The results at a `Place`, and into the log-sum-exp ``[B, H, L]``; end to end where it names no rows."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores, place: Place) -> None:
+        """The results at a `Place`; end to end where it names no rows."""
         from . import triton_kernels as compiled
 
         blocks = self._sizes(q, v, scores).forward
         (tiles,) = _tables("rows", spans, window, blocks, q.device, place.rows)
         programs = len(tiles) * q.shape[0] * q.shape[2]
         if programs:
-            given, out = _Given(scores), place.end
+            given, out, lse = _Given(scores), place.end, place.lse
+            assert lse is not None, "a place of results"
             merged, strides = (lse, [0, 0, 0]) if place.total is None else (place.total, _strides(place.total))
             compiled.forward[(programs,)](
                 *(q, k, v, out, merged, lse, tiles, *given.tensors),
