@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch.torch_version import TorchVersion
 from nnscaler_ring.core.kernels import Case, choose
 from nnscaler_ring.core.kernels import aten as aten_module
 from nnscaler_ring.core.kernels.aten import AtenCuda, AtenXpu
+from nnscaler_ring.core.kernels.packed import Packing
 from tests.releases import attend, check_tensors, cut_lse, differentiate, pad_lse
 from tests.test_kernel_adapters import BF16, case, check_all
 
@@ -30,6 +33,7 @@ class Ops:
         self.called: list[str] = []
         self.unshaped: set[str] = set()
         self.dims = cudnn_lse_dims
+        self.refused = ""
 
     def __getattr__(self, name: str) -> Any:
         op = getattr(torch.ops.aten, name)
@@ -54,6 +58,8 @@ class Ops:
                 shapes = ()
             if meta[0][0].is_meta and args[0].is_meta:
                 return shapes
+            if self.refused and self.refused in name:
+                raise RuntimeError("cuDNN Frontend error: no such engine")
             results = body(**bound(op, args, named))
             for made, want in zip(results, shapes, strict=False):
                 assert not isinstance(want, Tensor) or not isinstance(made, Tensor) or made.numel() == want.numel()
@@ -86,6 +92,7 @@ class Ops:
         assert attn_bias is None and compute_log_sumexp and (not is_causal or query.shape[2] == key.shape[2])
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         check_tensors(q, k, v)
+        assert all(x.stride(0) == x.shape[1] * x.stride(1) for x in (q, k, v)), "what is prepared is found by strides"
         out, lse = attend(q, k, v, None, None, (-1, 0 if is_causal else -1), scale, 0.0, nothing=-torch.inf)
         lse = lse.unsqueeze(3) if self.dims == 4 else lse
         return out.to(q.dtype).transpose(1, 2), lse, None, None, q.shape[1], k.shape[1], None, None, None
@@ -96,6 +103,9 @@ class Ops:
         assert logsumexp.dim() == self.dims and philox_seed.dtype == torch.int64
         lse = logsumexp.reshape(logsumexp.shape[:3])
         read = [x.transpose(1, 2) for x in (grad_out, query, key, value, out)]
+        assert all(x.stride(0) == x.shape[1] * x.stride(1) for x in read)
+        assert read[0].is_contiguous() and read[4].is_contiguous(), "by those of q, k and v alone"
+        assert logsumexp.data_ptr() % 16 == 0
         how = (None, None, (-1, 0 if is_causal else -1), scale, 0.0)
         return [x.to(query.dtype).transpose(1, 2) for x in differentiate(*read, lse, *how)]
 
@@ -149,6 +159,29 @@ def test_cudnn(dims: int, ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
     check_all(AtenCuda(), windows=[(-1, 0), (-1, -1), (2, 1)])
     kinds = {"_scaled_dot_product_cudnn_attention", "_flash_attention_forward"}
     assert set(ops.called) == kinds | {"_scaled_dot_product_cudnn_attention_backward", "_flash_attention_backward"}
+
+
+def test_log_sum_exps_of_rows_start_at_16_bytes() -> None:
+    """Of one head and one batch row a slice is contiguous as it lies."""
+    lse = torch.arange(8.0).view(1, 1, 8)
+    for start in range(8):
+        rows = Packing(np.array([[start, 8, 0, 8]]), torch.empty(1, 8, 1, 8)).columns(lse)
+        assert rows.data_ptr() % 16 == lse.data_ptr() % 16 and torch.equal(rows, lse[:, :, start:])
+
+
+@pytest.mark.parametrize("refused", ["cudnn_attention", "cudnn_attention_backward"])
+def test_what_cudnn_refuses_is_flash_attentions_from_then_on(refused: str, ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call, once refused, must not be made again."""
+    for name, value in {"LONG": 2, "UNIT": 1, "_REFUSED": list[str]()}.items():
+        monkeypatch.setattr(aten_module, name, value)
+    ops.refused = refused
+    with pytest.warns(UserWarning, match="cuDNN refused a call, FlashAttention-2 is used from now on: cuDNN Frontend error"):
+        check_all(AtenCuda(), windows=[(-1, -1)])
+    assert sum(refused in name for name in ops.called) == 1
+    monkeypatch.setattr(aten_module, "_REFUSED", [])
+    ops.refused, ops._cudnn = "", mock.Mock(side_effect=RuntimeError("CUDA error: an illegal memory access"))  # type: ignore
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        check_all(AtenCuda(), windows=[(-1, -1)])
 
 
 def test_what_is_cudnns(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:

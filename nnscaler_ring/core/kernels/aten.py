@@ -8,6 +8,7 @@ backward, FlashAttention-2 about 366 / 330 on an H100), so long spans of that ki
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -115,9 +116,10 @@ class AtenCuda(Packed):
 
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if call.cu_q is None and suits_cudnn(q, call.most, call.window, call.deterministic):
-            heads_first, causal = (x.transpose(1, 2) for x in (q, k, v)), call.window[1] == 0
-            out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, causal, scale=call.scale)
-            return out.transpose(1, 2), lse.reshape(lse.shape[:3])
+            heads_first, causal = [_plain(x).transpose(1, 2) for x in (q, k, v)], call.window[1] == 0
+            with _or_flash_attention():
+                out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, causal, scale=call.scale)
+                return out.transpose(1, 2), lse.reshape(lse.shape[:3])
         sizes = (call.cu_q, call.cu_k, *call.most)
         out, lse, *_ = aten._flash_attention_forward(q, k, v, *sizes, 0.0, False, False, scale=call.scale, **_sides(call.window))
         return out, call.cut(lse) if call.cu_q is not None and _pads() else lse
@@ -125,12 +127,15 @@ class AtenCuda(Packed):
     def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
         sizes = (call.cu_q, call.cu_k, *call.most)
         if call.cu_q is None and suits_cudnn(read.q, call.most, call.window, call.deterministic):
-            heads_first, causal = [x.transpose(1, 2) for x in read[:5]], call.window[1] == 0
+            d_out, out = read.d_out.contiguous(), read.out.contiguous()
+            heads_first = [_plain(x).transpose(1, 2) for x in (d_out, read.q, read.k, read.v, out)]
+            causal = call.window[1] == 0
             lse = read.lse.unsqueeze(3) if _cudnn_lse_dims() == 4 else read.lse
             seed = torch.zeros((), dtype=torch.int64, device=lse.device)  # of the dropout that is not there
             backward = aten._scaled_dot_product_cudnn_attention_backward
-            grads = backward(*heads_first, lse, seed, seed, None, *sizes, 0.0, causal, scale=call.scale)
-            return [x.transpose(1, 2) for x in grads]
+            with _or_flash_attention():
+                grads = backward(*heads_first, lse, seed, seed, None, *sizes, 0.0, causal, scale=call.scale)
+                return [x.transpose(1, 2) for x in grads]
         read = read._replace(lse=call.padded(read.lse)) if call.cu_q is not None and _pads() else read
         state = torch.zeros(2, dtype=torch.int64, device=read.q.device)
         with _deterministic(call.deterministic):
@@ -154,7 +159,35 @@ def suits_cudnn(q: Tensor, size: tuple[int, int], window: Window, deterministic:
     kind = window == (-1, -1) or (window == (-1, 0) and size[0] == size[1])
     if not kind or deterministic or min(size) < LONG or size[0] % UNIT or size[1] % UNIT or q.shape[-1] > 128:
         return False
-    return _has_cudnn() and torch.backends.cuda.cudnn_sdp_enabled()
+    return not _REFUSED and _has_cudnn() and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+_REFUSED: list[str] = []
+"""What cuDNN said when it would not prepare a call."""
+
+
+@contextmanager
+def _or_flash_attention() -> Iterator[None]:
+    """A call that cuDNN refuses goes on behind this, to FlashAttention-2, as does every later one of this process.
+
+    torch keeps an empty graph for it: a second call of its kind would end the process (``native/cudnn/MHA.cpp``).
+    """
+    try:
+        yield
+    except RuntimeError as why:
+        if "cudnn" not in str(why).lower():
+            raise
+        _REFUSED.append(str(why))
+        warnings.warn(f"cuDNN refused a call, FlashAttention-2 is used from now on: {why}", stacklevel=2)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """``[B, L, H, D]`` with a batch stride that follows from its shape.
+
+    torch keeps what cuDNN prepared by the strides of q, k and v alone, those of out and its gradient must follow from them; some
+    releases compare all, also the batch stride of a single row.
+    """
+    return x.squeeze(0).unsqueeze(0) if x.shape[0] == 1 else x.contiguous()
 
 
 def _has_cudnn() -> bool:

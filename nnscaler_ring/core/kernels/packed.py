@@ -177,9 +177,10 @@ class Packing:
         return _aligned(self._take(x, 1))
 
     def columns(self, x: Tensor) -> Tensor:
-        """The spans' query rows of ``[B, H, L]``, as `attend` returns the lse, contiguous."""
+        """The spans' query rows of ``[B, H, L]``, as `attend` returns the lse, contiguous, from a multiple of 16 bytes on."""
         taken = self._take(x.transpose(1, 2), 0)
-        return (taken.transpose(1, 2) if self.single else taken.T).contiguous()
+        made = (taken.transpose(1, 2) if self.single else taken.T).contiguous()
+        return made.clone() if made.storage_offset() * made.element_size() % 16 else made
 
     def apart(self, x: Tensor, batch: int) -> Tensor:
         """The rows of a result as ``[B, rows, ...]``."""

@@ -144,7 +144,7 @@ def forward(  # type: ignore[no-untyped-def]
                 if ALIBI:
                     added -= slope * tl.abs(at_j[None, :] - far).to(tl.float32)
                 if BIAS:
-                    bias_at = bias + h * bias_h + i.to(tl.int64)[:, None] * bias_l + at_j[None, :] * bias_t
+                    bias_at = bias + h * bias_h + i.to(tl.int64)[:, None] * bias_l + at_j.to(tl.int64)[None, :] * bias_t
                     added += tl.load(bias_at, mask=there[:, None] & (j < reach_end)[None, :], other=0.0).to(tl.float32)
             if PLAIN:
                 unit = scale * LOG2E
@@ -254,7 +254,7 @@ def grad_queries(  # type: ignore[no-untyped-def]
                 if ALIBI:
                     added -= slope * tl.abs(at_j[None, :] - far).to(tl.float32)
                 if BIAS:
-                    bias_at = bias + h * bias_h + i.to(tl.int64)[:, None] * bias_l + at_j[None, :] * bias_t
+                    bias_at = bias + h * bias_h + i.to(tl.int64)[:, None] * bias_l + at_j.to(tl.int64)[None, :] * bias_t
                     added += tl.load(bias_at, mask=there[:, None] & (j < reach_end)[None, :], other=0.0).to(tl.float32)
             if PLAIN:
                 unit = scale * LOG2E
@@ -271,7 +271,7 @@ def grad_queries(  # type: ignore[no-untyped-def]
                 d_weights = tl.where(kept, d_weights * kept_scale, 0.0)
             d_scores = weights * (d_weights - common[:, None])
             if D_BIAS:
-                d_bias_at = d_bias + h * db_h + i.to(tl.int64)[:, None] * db_l + at_j[None, :] * db_t
+                d_bias_at = d_bias + h * db_h + i.to(tl.int64)[:, None] * db_l + at_j.to(tl.int64)[None, :] * db_t
                 both = there[:, None] & (j < reach_end)[None, :]
                 if ATOMIC:
                     tl.atomic_add(d_bias_at, d_scores.to(d_bias.dtype.element_ty), mask=both)
@@ -345,7 +345,7 @@ def grad_keys(  # type: ignore[no-untyped-def]
                     distance = at_j[:, None] - tl.load(far_at + i, mask=rows_in, other=0).to(tl.int32)[None, :]
                     added -= slope * tl.abs(distance).to(tl.float32)
                 if BIAS:
-                    bias_at = bias + h * bias_h + i.to(tl.int64)[None, :] * bias_l + at_j[:, None] * bias_t
+                    bias_at = bias + h * bias_h + i.to(tl.int64)[None, :] * bias_l + at_j.to(tl.int64)[:, None] * bias_t
                     added += tl.load(bias_at, mask=rows_in[None, :] & there[:, None], other=0.0).to(tl.float32)
                 if PLAIN:
                     unit = scale * LOG2E
