@@ -95,6 +95,7 @@ def test_errors_are_told() -> None:
     (_, _, _, *theirs), (_, library, call, *ours), failed, right, missing = peers.rows([wrong, fails, absent], 0)
     assert (library, call) == (peers.OURS, "`zigzag_ring_flash_attn_func`")
     assert all(float(cell) < 1.5 for cell in (*ours, *right[3:]))
-    assert [cell.startswith("**") for cell in theirs] == [False, True, True, True]
+    out, dq, *_ = (cell.startswith("**") for cell in theirs)
+    assert dq and not out, "dq is cast to bf16; dk and dv share memory with what is received: they are wrong as that comes"
     assert "no_such_func" in failed[3] and [*failed[4:], *missing[4:]] == [""] * 6
     assert missing[3] == "not installed"
