@@ -89,13 +89,14 @@ def test_bytes_are_counted() -> None:
 @PEER
 def test_errors_are_told() -> None:
     """Of this package those of one device; a result that is wrong stands out; what fails is a row, the rest goes on."""
-    wrong = replace(ZIGZAG, dtype="float32")
+    wrong, aliased = replace(ZIGZAG, window=(100, 0)), replace(ZIGZAG, dtype="float32")
     fails = Case("fails", (Way(peers.PEER, "no_such_func", "zigzag"), ZIGZAG.ways[1]), tokens=256, ranks=2)
     absent = Case("absent", (Way("no_such_library", "func", "zigzag"),))
-    (_, _, _, *theirs), (_, library, call, *ours), failed, right, missing = peers.rows([wrong, fails, absent], 0)
-    assert (library, call) == (peers.OURS, "`zigzag_ring_flash_attn_func`")
-    assert all(float(cell) < 1.5 for cell in (*ours, *right[3:]))
-    out, dq, *_ = (cell.startswith("**") for cell in theirs)
-    assert dq and not out, "dq is cast to bf16; dk and dv share memory with what is received: they are wrong as that comes"
+    theirs, ours, exact, our_exact, failed, right, missing = peers.rows([wrong, aliased, fails, absent], 0)
+    assert ours[1:3] == (peers.OURS, "`zigzag_ring_flash_attn_func`")
+    assert all(float(cell) < 1.5 for cell in (*ours[3:], *our_exact[3:], *right[3:]))
+    assert [cell.startswith("**") for cell in theirs[3:]] == [True] * 4
+    out, dq, *_ = (cell.startswith("**") for cell in exact[3:])  # its dk and dv are sent while they change: wrong nearly always
+    assert dq and not out
     assert "no_such_func" in failed[3] and [*failed[4:], *missing[4:]] == [""] * 6
     assert missing[3] == "not installed"

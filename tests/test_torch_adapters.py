@@ -92,7 +92,7 @@ class Ops:
         assert attn_bias is None and compute_log_sumexp and (not is_causal or query.shape[2] == key.shape[2])
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         check_tensors(q, k, v)
-        assert all(x.stride(0) == x.shape[1] * x.stride(1) for x in (q, k, v)), "what is prepared is found by strides"
+        assert all(map(no_gaps, (q, k, v)))
         out, lse = attend(q, k, v, None, None, (-1, 0 if is_causal else -1), scale, 0.0, nothing=-torch.inf)
         lse = lse.unsqueeze(3) if self.dims == 4 else lse
         return out.to(q.dtype).transpose(1, 2), lse, None, None, q.shape[1], k.shape[1], None, None, None
@@ -103,7 +103,7 @@ class Ops:
         assert logsumexp.dim() == self.dims and philox_seed.dtype == torch.int64
         lse = logsumexp.reshape(logsumexp.shape[:3])
         read = [x.transpose(1, 2) for x in (grad_out, query, key, value, out)]
-        assert all(x.stride(0) == x.shape[1] * x.stride(1) for x in read)
+        assert all(map(no_gaps, read))
         assert read[0].is_contiguous() and read[4].is_contiguous(), "by those of q, k and v alone"
         assert logsumexp.data_ptr() % 16 == 0
         how = (None, None, (-1, 0 if is_causal else -1), scale, 0.0)
@@ -124,6 +124,11 @@ class Ops:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         read = (grad_out, query, key, value, out, logsumexp.squeeze(3))
         return *flash(*read, 0.0, is_causal, attn_mask=attn_bias, scale=scale), None
+
+
+def no_gaps(x: Tensor) -> bool:
+    """Between batch rows, and strides of a single one that follow from its shape: torch compares them with those of a gradient."""
+    return x.stride(0) == x.shape[1] * x.stride(1) if len(x) == 1 else torch.empty_like(x).stride() == x.stride()
 
 
 def bound(op: Any, args: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +164,16 @@ def test_cudnn(dims: int, ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
     check_all(AtenCuda(), windows=[(-1, 0), (-1, -1), (2, 1)])
     kinds = {"_scaled_dot_product_cudnn_attention", "_flash_attention_forward"}
     assert set(ops.called) == kinds | {"_scaled_dot_product_cudnn_attention_backward", "_flash_attention_backward"}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rows_for_cudnn_have_no_gaps(batch: int) -> None:
+    x = torch.randn(batch, 8, 2, 4)
+    for rows in (x[:, :4], x[:, 4:], x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        plain = aten_module._plain(rows)
+        assert no_gaps(plain) and torch.equal(plain, rows)
+        gaps = batch > 1 and rows.numel() < x.numel()
+        assert (plain.data_ptr() == rows.data_ptr()) is not gaps, "copied only where there are gaps"
 
 
 def test_log_sum_exps_of_rows_start_at_16_bytes() -> None:

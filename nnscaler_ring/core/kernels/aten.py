@@ -127,7 +127,7 @@ class AtenCuda(Packed):
     def gradients(self, call: Call, read: Read) -> Sequence[Tensor]:
         sizes = (call.cu_q, call.cu_k, *call.most)
         if call.cu_q is None and suits_cudnn(read.q, call.most, call.window, call.deterministic):
-            d_out, out = read.d_out.contiguous(), read.out.contiguous()
+            d_out, out = read.d_out.contiguous(), read.out.contiguous()  # what was prepared is found by q, k and v alone
             heads_first = [_plain(x).transpose(1, 2) for x in (d_out, read.q, read.k, read.v, out)]
             causal = call.window[1] == 0
             lse = read.lse.unsqueeze(3) if _cudnn_lse_dims() == 4 else read.lse
@@ -154,7 +154,7 @@ def suits_cudnn(q: Tensor, size: tuple[int, int], window: Window, deterministic:
 
     Its causal attention is aligned at the first row and key, and torch says that it is not deterministic. Head dims above 128 and
     GPUs besides 9.0 and 10.x are left to FlashAttention-2, as are versions before 9.10.2: Transformer Engine names faults of
-    9.10.0 and 9.10.1. ``torch.backends.cuda.enable_cudnn_sdp(False)`` turns it off.
+    9.10.0 and 9.10.1. ``torch.backends.cuda.enable_cudnn_sdp(False)`` turns it off, as does a call that it refused.
     """
     kind = window == (-1, -1) or (window == (-1, 0) and size[0] == size[1])
     if not kind or deterministic or min(size) < LONG or size[0] % UNIT or size[1] % UNIT or q.shape[-1] > 128:
@@ -182,12 +182,12 @@ def _or_flash_attention() -> Iterator[None]:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """``[B, L, H, D]`` with a batch stride that follows from its shape.
-
-    torch keeps what cuDNN prepared by the strides of q, k and v alone, those of out and its gradient must follow from them; some
-    releases compare all, also the batch stride of a single row.
-    """
-    return x.squeeze(0).unsqueeze(0) if x.shape[0] == 1 else x.contiguous()
+    """``[B, L, H, D]`` without gaps between batch rows, as its gradient lies: some releases of torch compare their strides with
+    those that cuDNN was told, also of a single row."""
+    if x.shape[0] == 1:
+        return x.squeeze(0).unsqueeze(0)
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x if reach == x.numel() else x.contiguous()
 
 
 def _has_cudnn() -> bool:
