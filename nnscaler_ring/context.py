@@ -34,7 +34,7 @@ from .core.layouts import LAYOUTS, looks_at_documents, name_of, needs_documents
 from .core.mask import Mask, check_cu_seqlens
 from .core.recipe import Recipe, content, layout_of
 from .core.relayout import gather
-from .core.transport import transport_of
+from .core.transport import num_ranks, rank_in
 from .launch import detect
 
 KNOWN = tuple(sorted({field.name for field in fields(Options)} - {"softmax_scale", "causal"}))
@@ -126,16 +126,28 @@ class ContextParallel:
             heads_stride=heads_k_stride,
         )
         check_names(self._recipe)
-        shared = transport_of(self._recipe.group)  # not kept: a group whose threads run on while Python ends may abort the process
+        rank_in(name)  # the group is there, and this process in it; not kept, since another process may load what this one saves
         self._uneven = set[int]()  # lengths of shards that were given out where others had another
         self._by_documents: bool | None = None  # and were cut by documents, where the layout may look at them
-        self.rank: int = shared.ranks[0]
-        self.world_size: int = shared.world_size
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group: that of the process which asks, also in a copy that another one saved."""
+        return rank_in(self._recipe.group)
+
+    @property
+    def world_size(self) -> int:
+        """The ranks of the group."""
+        return num_ranks(self._recipe.group)
 
     def __repr__(self) -> str:
         r = self._recipe
         layout = r.layout if r.layout in LAYOUTS else "a layout given"
-        return f"ContextParallel(rank {self.rank} of {self.world_size}, {layout}, transport={r.transport}, kernel={r.kernel})"
+        try:
+            where = f"rank {self.rank} of {self.world_size}"
+        except RuntimeError:  # torch's, of a name that no group has
+            where = "a group that is not there"
+        return f"ContextParallel({where}, {layout}, transport={r.transport}, kernel={r.kernel})"
 
     def _layout(self, seq_len: int, cu_seqlens: Tensor | None) -> Layout:
         if not isinstance(seq_len, Integral) or seq_len < 0:
@@ -227,12 +239,16 @@ class ContextParallel:
         cu = host_table("cu_seqlens", cu_seqlens)
         if cu is not None:
             return int(cu[-1])
-        if tokens in self._uneven:  # the same on every rank, where the lengths are not
+        self._check_even(tokens)
+        return tokens * self.world_size
+
+    def _check_even(self, tokens: int) -> None:
+        """ValueError where shards of so many tokens may be of several lengths: on every rank alike, where the lengths are not."""
+        if any(tokens == uneven for uneven in self._uneven):
             raise ValueError(
                 f"shards of different lengths have been given out before, so {tokens} tokens here may be of several lengths: pass "
                 "seq_len, the tokens of the whole sequence"
             )
-        return tokens * self.world_size
 
     def attention(
         self,
@@ -265,6 +281,9 @@ class ContextParallel:
         """
         if torch.compiler.is_compiling():
             settled, rows = self._settled(mask, softmax_scale, cu_seqlens, options)
+            self._check_documents(cu_seqlens)
+            if rows.seq_len is None:
+                self._check_even(q.shape[q.dim() - 3])
             return attend(q, k, v, self._recipe, settled, rows)
         with announced(self._recipe.group, q.device):
             settled, rows = self._settled(mask, softmax_scale, cu_seqlens, options)

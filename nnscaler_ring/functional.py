@@ -22,13 +22,13 @@ from torch import Tensor
 from .core.call import Options, Result, Rows, attend, check_documents, check_qkv, group_name, host_table, traced
 from .core.mask import NO_LIMIT, Mask, check_cu_seqlens, check_window
 from .core.recipe import Recipe
-from .core.transport import resolve_group, transport_of
+from .core.transport import num_ranks, resolve_group, transport_of
 from .fronts import fixed, packed
 
 
 @torch.compiler.assume_constant_result
 def _world_size(group: dist.ProcessGroup | None) -> int:
-    return transport_of(group_name(group)).world_size
+    return num_ranks(group_name(group))
 
 
 def ring_flash_attn_func(

@@ -168,6 +168,27 @@ def test_a_shard_of_another_length_is_told_to_all(ranks: Any) -> None:
     assert all("rank 0 and rank 1 differ in" in said for said in ranks(2).run(of_another_length))
 
 
+def one_without_a_loss(rank: int, world_size: int) -> str:
+    """Rank 0 goes back, rank 1 on."""
+    cp, tensors = ContextParallel(), [x.requires_grad_() for x in qkv()]
+    with mock.patch.dict("os.environ", {VARIABLE: "1"}):
+        for _ in range(2):
+            out = cp.attention(*tensors)
+            assert isinstance(out, Tensor)
+            out.sum().backward()
+        out = cp.attention(*tensors)
+        assert isinstance(out, Tensor)
+        with pytest.raises(ValueError) as told:
+            out.sum().backward() if rank == 0 else cp.attention(*tensors)
+    return str(told.value)
+
+
+def test_a_backward_pass_that_one_rank_skips(ranks: Any) -> None:
+    said = ranks(2).run(one_without_a_loss)
+    assert all("rank 0 and rank 1 differ in what they call" in each for each in said)
+    assert "on rank 0 it is 'the backward pass of attention'" in said[0] and "on rank 1 it is 'attention'" in said[1]
+
+
 def test_before_rows_are_moved(ranks: Any) -> None:
     assert [len(said) for said in ranks(2).run(moving_rows)] == [2, 2]
 

@@ -138,7 +138,7 @@ def tables() -> Iterator[Bad]:
 def shapes() -> Iterator[Bad]:
     yield Bad(names=PLAIN, spoil=lambda q, k, v: (q, k[..., :3], v), words=["k", "v", "head dim"])
     yield Bad(names=PLAIN, spoil=lambda q, k, v: (q, k[..., :3], v[..., :3]), words=["q and k", "one head dim"])
-    yield Bad(names=PLAIN, spoil=lambda q, k, v: (q[..., :3, :], k, v), words=["3 query heads", "multiple of the 2 key heads"])
+    yield Bad(names=PLAIN, spoil=lambda q, k, v: (q[..., :3, :], k, v), words=["3 query heads", "a positive multiple of"])
     yield Bad(names=PLAIN, spoil=lambda q, k, v: (q, k, v[..., :1, :]), words=["k and v must agree"])
     yield Bad(names=PLAIN, spoil=lambda q, k, v: (q[0, 0], k[0, 0], v[0, 0]), words=["give all"])
     yield Bad(names=PLAIN, spoil=lambda q, k, v: (q, k, v[..., :0]), words=["head dims must be positive"])

@@ -199,6 +199,39 @@ def test_on_a_group(ranks) -> None:
     no_faults(ranks(2).run(on_a_group))
 
 
+def graphs(rank: int, world_size: int) -> list[tuple[str, list[tuple[int, ...]]]]:
+    """What graphs of calls contain, by which torch finds them on disk, and the shapes in them."""
+    found = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        nodes = [node.meta["example_value"] for node in graph.graph.nodes if "example_value" in node.meta]
+        tensors = [x for value in nodes for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, Tensor)]
+        found.append((graph.code, [tuple(x.shape) for x in tensors]))
+        return graph.forward
+
+    group = dist.group.WORLD
+    heads = nr.ContextParallel(transport="all_to_all")
+    odd, even = (torch.randn(1, len(held("contiguous", seq, world_size, rank)), 3, 8) for seq in (13, 16))
+    for call, mine in (
+        (lambda x: heads.attention(x, x, x), even),
+        (lambda x: nr.wrap_zigzag_attn_func(x, x, x, process_group=group, seq_len=13), odd),
+        (lambda x: nr.ring_flash_attn_func(x, x, x, group=group), even),
+    ):
+        torch._dynamo.reset()
+        torch.compile(call, fullgraph=True, backend=keep)(mine)
+    return found
+
+
+@needs_newer
+def test_one_rank_s_graph_is_not_taken_for_another_s(ranks) -> None:
+    """Of 3 heads on 4 ranks not all have one, and of 13 tokens ranks that hold 4 each hold others in zigzag."""
+    for n, of_ranks in enumerate(zip(*ranks(4).run(graphs), strict=True)):
+        known = dict(of_ranks)
+        assert all(known[code] == shapes for code, shapes in of_ranks)
+        assert len(known) == (1 if n == 2 else 4), "where shapes cannot differ one is compiled for all"
+        assert n == 2 or len({shapes[0] for shapes in known.values()}) < len({str(shapes) for shapes in known.values()})
+
+
 def of_any_length(rank: int, world_size: int) -> None:
     """Few graphs for many lengths, though rows move between layouts."""
     for op in (nr.wrap_ring_attn_func, nr.wrap_zigzag_attn_func, nr.wrap_stripe_attn_func, nr.wrap_ulysses_attn_func):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -358,6 +359,26 @@ def test_forgotten_boundaries_are_refused() -> None:
             cp.attention(x, x, x, cu_seqlens=cu)
 
 
+def uneven(rank: int, world_size: int) -> None:
+    """A graph is refused what is refused outside."""
+    cp = ContextParallel(layout="zigzag")
+    x = cp.shard(torch.randn(1, 11, 2, 4), dim=1)
+    call = torch.compile(lambda x: cp.attention(x, x, x), backend="eager", fullgraph=False)
+    with pytest.raises(ValueError, match="pass seq_len"), no_communication():
+        call(x)
+
+
+def test_uneven_shards_in_a_graph(ranks) -> None:
+    ranks(2).run(uneven)
+
+
+def test_forgotten_boundaries_in_a_graph() -> None:
+    cp, cu = ContextParallel(layout="balanced"), torch.tensor([0, 5, 8], dtype=torch.int32)
+    x = cp.shard(torch.randn(1, 8, 2, 4), dim=1, cu_seqlens=cu)
+    with pytest.raises(ValueError, match="were cut with cu_seqlens, here are none"):
+        torch.compile(lambda x: cp.attention(x, x, x), backend="eager", fullgraph=False)(x)
+
+
 def test_dtensors_are_for_the_ops() -> None:
     x = torch.randn(1, 8, 2, 4)
     with mock.patch("nnscaler_ring.core.call.DTensor", torch.Tensor), pytest.raises(ValueError, match=r"call a wrap_\* op"):
@@ -409,7 +430,20 @@ def ended(rank: int, world_size: int) -> bool:
     dist.destroy_process_group(group)
     del group
     gc.collect()
-    return gone() is None and cp.world_size == world_size
+    return gone() is None and "a group that is not there" in repr(cp)
+
+
+def loaded(rank: int, world_size: int) -> tuple[int, bool]:
+    """The rank of what rank 0 has saved, and whether attention over its shards is that over those of one's own."""
+    saved = [pickle.dumps(ContextParallel(layout="zigzag"))]
+    dist.broadcast_object_list(saved, src=0)
+    x, (one, other) = torch.randn(1, 10, 2, 4), (pickle.loads(saved[0]), ContextParallel(layout="zigzag"))
+    got, want = (cp.unshard(cp.attention(*[cp.shard(x, 1)] * 3, seq_len=10), 1, seq_len=10) for cp in (one, other))
+    return one.rank, torch.equal(got, want) and torch.equal(one.position_ids(10), other.position_ids(10))
+
+
+def test_another_rank_may_load_what_one_saves(ranks) -> None:
+    assert ranks(3).run(loaded) == [(0, True), (1, True), (2, True)]
 
 
 def test_nothing_keeps_a_group_alive(ranks) -> None:

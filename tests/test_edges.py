@@ -513,3 +513,49 @@ def test_a_batch_of_none(rank: int, transport: str) -> None:
     out = attend(q, k, v, Recipe(group=f"pretend:3:{rank}", transport=transport), Options(causal=True))
     assert isinstance(out, Tensor) and out.shape == (0, 4, 3, 8)
     assert [x.shape for x in torch.autograd.grad(out.sum(), (q, k, v))] == [(0, 4, 3, 8)] * 3
+
+
+@pytest.mark.parametrize("transport", ["ring", "all_to_all"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_result_can_be_changed_in_place(world_size: int, transport: str) -> None:
+    """It is no view of what a kernel made: what is saved for the backward pass was changed, or nothing was that is saved."""
+    recipe = Recipe(group=f"local:{world_size}", transport=transport, causal=True)
+    tensors = [x.requires_grad_() for x in qkv()]
+    out = attend(*tensors, recipe, Options(causal=True, return_attn_probs=True))
+    assert isinstance(out, tuple) and not any(x._is_view() for x in out[:2])
+    changed = out[0].add_(1.0)
+    if world_size == 1:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            changed.sum().backward()
+        return
+    plain = attend(*[x.detach() for x in tensors], recipe, Options(causal=True))
+    assert isinstance(plain, Tensor) and torch.equal(changed, plain + 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_boundaries_that_were_made_for_inference(dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        cu = torch.tensor([0, 5, 16], dtype=dtype)
+    call = lambda cu: lambda *x: nr.ContextParallel().attention(*x, cu_seqlens=cu)  # noqa: E731
+    for got, want in zip(grads(call(cu), qkv()), grads(call(cu.clone()), qkv()), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("group", ["local:1", "local:3"])
+def test_a_nan_in_a_sink_stays_one(group: str) -> None:
+    """Of one head, in the result and in its own gradient; a sink of -inf is none."""
+    q, k, v = qkv()
+    sink = torch.tensor([torch.nan, 0.5, -torch.inf, 0.0], dtype=q.dtype, requires_grad=True)
+    options = Options(causal=True, window_size=(3, 0), learnable_sink=sink)
+    out = attend(q, k, v, Recipe(group=group, causal=True, window=(3, 0)), options)
+    plain = attend(q, k, v, Recipe(group=group, causal=True, window=(3, 0)), Options(causal=True, window_size=(3, 0)))
+    assert isinstance(out, Tensor) and isinstance(plain, Tensor)
+    assert out[:, :, 0].isnan().all() and out[:, :, 1:].isfinite().all() and torch.allclose(out[:, :, 2], plain[:, :, 2])
+    (d_sink,) = torch.autograd.grad(out.sum(), sink)
+    assert d_sink[0].isnan() and d_sink[1:].isfinite().all() and d_sink[2] == 0
+
+
+def test_no_query_heads_are_refused() -> None:
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="the 0 query heads must be a positive multiple of the 2 key heads"):
+        nr.wrap_ring_attn_func(q[:, :, :0], k, v)

@@ -16,6 +16,7 @@ from torch import Tensor
 from nnscaler_ring.core import kernels, layouts, mask
 from nnscaler_ring.core.kernels import KERNELS, Case, Grad, Kernel, Scores, check_kernel, choose, tiles
 from nnscaler_ring.core.kernels.base import Window
+from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.plan import plans
 from tests import oracle
 from tests.interpreter import skip_without_triton
@@ -147,6 +148,25 @@ def check_lse_gradient(kernel: Kernel, dtype: torch.dtype, device: torch.device,
         kernel.differentiate(grad, p.given.k, p.given.v, p.spans, window, Scores(scale=p.scale))
         for got, expected in zip(sums, want, strict=True):
             assert oracle.error(got.total().cpu(), expected) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_a_gradient_of_the_log_sum_exp_beyond_fp16(kernel: Kernel, device: torch.device) -> None:
+    """As of a z-loss that is scaled; the gradients are within its range."""
+    heads = (4, 2, 8, 6)
+    checked(kernel, device, torch.float16, heads)
+    p = problem(SPANS["one"], (-1, -1), heads, torch.float16, device)
+    given = p.given._replace(q=p.given.q / 8, k=p.given.k / 8)
+    d_lse, found = torch.full((2, heads[0], ROWS), 1e5, device=device), []
+    for dtype, backend in ((torch.float16, kernel), (torch.float64, Reference())):
+        q, k, v, d_out = (x.to(dtype) for x in given)
+        out, lse = (x.to(q) for x in oracle.attention(*(x.double() for x in given[:3]), p.seen(both=False), p.scale))
+        sums = oracle.sums((q, k, v))
+        grad = Grad(q, out, d_out, lse.to(torch.promote_types(dtype, torch.float32)), *sums, d_lse=d_lse.to(sums[0].total().dtype))
+        backend.differentiate(grad, k, v, p.spans, (-1, -1), Scores(scale=p.scale))
+        found.append([x.total() for x in sums])
+    for got, want in zip(*found, strict=True):
+        assert got.isfinite().all() and oracle.error(got, want) <= TOLERANCE[torch.float16]
 
 
 def check_backward(kernel: Kernel, p: Problem, tolerance: float) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from nnscaler_ring.core import engine
-from nnscaler_ring.core.kernels import Case, Grad, Scores
+from nnscaler_ring.core.kernels import Case, Grad, Kernel, Scores
 from nnscaler_ring.core.kernels.base import Window, philox
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.triton import ANY, Blocks, Sizes, Triton, key_tiles, row_tiles, shares
@@ -450,6 +450,29 @@ def test_a_bias_may_hide_keys(device: torch.device) -> None:
     hidden[:, 3] = -torch.inf
     out, lse = Triton().forward(*p.given[:3], p.spans, p.window, replace(given, bias=hidden))
     assert (out[:, 3] == 0).all() and (lse[:, :, 3] == -torch.inf).all() and lse[:, :, 4].isfinite().all()
+
+
+@launches
+@pytest.mark.parametrize("kernel", [Reference(), Triton()], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min])
+def test_a_bias_of_the_least_numbers_is_one_bias(kernel: Kernel, low: float, device: torch.device) -> None:
+    """A row whose keys all have it sees them all alike."""
+    p = problem(SPANS["one"], (-1, -1), (2, 1, 8, 8), torch.float32, device)
+    given = scores(p, {"bias": 1}, 2)
+    assert given.bias is not None
+    bias = given.bias.clone()
+    bias[:, 3] = low
+    out, lse = kernel.forward(*p.given[:3], p.spans, p.window, replace(given, bias=bias))
+    i0, i1, j0, j1 = p.spans[0]
+    assert oracle.error(out[:, 3 - i0], p.given.v[:, j0:j1].mean(1).expand(-1, 2, -1)) < 1e-6
+    assert (lse[:, :, 3 - i0] <= -1e9).all() and lse.isfinite().all() and i0 <= 3 < i1
+
+
+@launches
+def test_a_soft_cap_far_above_the_scores_bends_nothing(device: torch.device) -> None:
+    p = problem(SPANS["one"], (-1, 0), (2, 1, 8, 8), torch.float32, device)
+    for softcap in (3.0, 1e3, 1e6, 1e9):
+        check_scores(Triton(), p, Scores(scale=p.scale, softcap=softcap), 1e-5)
 
 
 @launches

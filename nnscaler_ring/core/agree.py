@@ -23,28 +23,30 @@ def asked() -> bool:
     return os.environ.get(VARIABLE, "0") not in ("", "0")
 
 
-FACTS = 16
+FACTS = 17
 """As many are compared, whatever the call: a rank whose own arguments are refused does not know which call the others make."""
 
 
 _CAN_BE = "whether their own arguments can be"
+_CALL = "what they call"
 
 
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-def check_alike(transport: Transport, facts: Mapping[str, object], device: torch.device) -> None:
+def check_alike(transport: Transport, call: str, facts: Mapping[str, object], device: torch.device) -> None:
     """ValueError on every rank unless all say the same.
 
     Args:
-        facts: what a rank says, by names for people; in one order on all ranks. Compared by their `repr`. None of a rank whose own
+        call: what a rank is about to do, for people.
+        facts: what it says of that, by names; in one order on all ranks. Compared by their `repr`. None of a rank whose own
             arguments are refused.
         device: where messages of these ranks live.
     """
     if not isinstance(transport, ProcessTransport):
         return
-    facts = {_CAN_BE: bool(facts), **facts}
+    facts = {_CAN_BE: bool(facts), _CALL: call, **facts}
     digests = [hashlib.sha256(repr(fact).encode()).digest()[:8] for fact in facts.values()]
     numbers = [int.from_bytes(each, "little", signed=True) for each in digests]
     own = [dist.get_rank(), *numbers, *[0] * (FACTS - len(numbers))]
@@ -62,4 +64,5 @@ def check_alike(transport: Transport, facts: Mapping[str, object], device: torch
             parts = " and ".join(map(_ranks, sorted(alike)))
             shown = repr(facts[name])
             here = shown if len(shown) <= 200 else f"{shown[:200]}..."
-            raise ValueError(f"{parts} differ in {name}; on rank {own[0]} it is {here}: say the same on every rank")
+            remedy = "make the same calls on every rank, backward passes too" if name == _CALL else "say the same on every rank"
+            raise ValueError(f"{parts} differ in {name}; on rank {own[0]} it is {here}: {remedy}")

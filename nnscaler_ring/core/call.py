@@ -204,6 +204,7 @@ def _in_graph(
     q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, rows: Rows
 ) -> tuple[str, tuple[int, int], tuple[Tensor | None, ...]]:
     """What `check` returns, where ``torch.compile`` traces: of shapes, not of what tables contain; lengths may be symbols."""
+    check_plain(q, k, v)
     check_qkv(q, k, v)
     if rows.slices is not None:
         raise NotImplementedError("a Mask of slices under torch.compile: pass a mask by its name")
@@ -258,7 +259,8 @@ def _text(*values: Any) -> str:
     window = check_window((named.pop("left"), named.pop("right")))
     recipe = Recipe(**named, window=window)
     check_names(recipe)
-    return str(recipe)
+    transport = transport_of(recipe.group)
+    return str(replace(recipe, rank=transport.ranks[0]) if inner_of(recipe, transport) > 1 else recipe)
 
 
 def _seed(options: Options, device: torch.device) -> int:
@@ -330,15 +332,14 @@ def announced(group: str, device: torch.device) -> Iterator[None]:
     except (ValueError, NotImplementedError):
         if asked():
             with suppress(ValueError):
-                check_alike(transport_of(group), {}, device)
+                check_alike(transport_of(group), "", {}, device)
         raise
 
 
 def _checked(
     q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, rows: Rows
 ) -> tuple[Recipe, tuple[int, int], tuple[Tensor | None, ...]]:
-    if any(isinstance(x, DTensor) for x in (q, k, v)):
-        raise ValueError("DTensors: call a wrap_* op, which reads their placements, or pass x.to_local() of each")
+    check_plain(q, k, v)
     check_qkv(q, k, v)
     check_differentiable(q, k, v)
     check_names(recipe)
@@ -402,6 +403,12 @@ def _check_extras(q: Tensor, options: Options, total_k: int) -> None:
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_plain(*tensors: Tensor) -> None:
+    """ValueError for DTensors."""
+    if any(isinstance(x, DTensor) for x in tensors):
+        raise ValueError("DTensors: call a wrap_* op, which reads their placements, or pass x.to_local() of each")
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """ValueError unless q, k and v fit together, with what came and what is allowed."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -413,8 +420,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{shapes}: k and v must agree in all but the head dim")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"{shapes}: q and k must have one head dim")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"{shapes}: the {q.shape[-2]} query heads must be a multiple of the {k.shape[-2]} key heads")
+    if q.shape[-2] == 0 or k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"{shapes}: the {q.shape[-2]} query heads must be a positive multiple of the {k.shape[-2]} key heads")
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         raise ValueError(f"{shapes}: head dims must be positive")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:

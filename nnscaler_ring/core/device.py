@@ -106,7 +106,8 @@ def on_host(table: Tensor) -> Tensor:
     """
     if captures(table.device):
         raise ValueError("a table of integers (cu_seqlens) on the GPU while a CUDA graph is captured: pass it on the CPU")
-    return table.detach().to("cpu", torch.int64)
+    table = table.detach().to("cpu", torch.int64)
+    return table.clone() if table.is_inference() else table  # which autograd does not save
 
 
 def index_of(rows: np.ndarray, device: torch.device) -> Tensor:

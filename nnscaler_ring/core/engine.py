@@ -66,14 +66,21 @@ def attention(
     """
     job = job_of(Recipe.parse(recipe), (total_q, total_k), (cu_q, cu_k, slices), (q, k, v), scale, seed)
     if asked():
-        check_alike(job.transport, _facts(job, (q, k, v), scale, seed, (cu_q, cu_k, slices, alibi, bias, sink)), q.device)
+        facts = _facts(job, (q, k, v), scale, seed, (cu_q, cu_k, slices, alibi, bias, sink))
+        check_alike(job.transport, "attention", facts, q.device)
     _check_rows(job, q, k)
     qs, (ks, vs) = job.shards(q, job.q_layout), (job.shards(x, job.k_layout) for x in (k, v))
     by_rank = zip(job.plans, qs, ks, vs, _extras(job, alibi, bias, sink), strict=True)
     with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):  # partial results are of the dtypes said here
         results = job.transport.run([forward(job, *rank) for rank in by_rank])
-    out, lse, kept = zip(*results, strict=True)
-    return job.whole(out, job.q_layout), job.whole(lse, job.q_layout, dim=2), [x for each in kept for x in each]
+    outs, lses, kept = zip(*results, strict=True)
+    out, lse = job.whole(outs, job.q_layout), job.whole(lses, job.q_layout, dim=2)
+    return _no_view(out), _no_view(lse), [x for each in kept for x in each]
+
+
+def _no_view(x: Tensor) -> Tensor:
+    """The same memory, not as a view of what a kernel made: a view that an op gives out cannot be changed in place."""
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride()) if x._is_view() else x
 
 
 def _extras(job: Job, alibi: Tensor | None, bias: Tensor | None, sink: Tensor | None) -> list[Extras]:
@@ -85,7 +92,7 @@ def _extras(job: Job, alibi: Tensor | None, bias: Tensor | None, sink: Tensor | 
 def _facts(job: Job, qkv: Sequence[Tensor], scale: float, seed: int, tables: Sequence[Tensor | None]) -> Mapping[str, object]:
     """What ranks that share a sequence must say alike."""
     (q, k, v), bias = qkv, tables[4]
-    said = {name: value for name, value in asdict(job.recipe).items() if name != "group"}
+    said = {name: value for name, value in asdict(job.recipe).items() if name not in ("group", "rank")}
     return {
         "layout": said.pop("layout"),
         "transport": said.pop("transport"),
@@ -194,6 +201,8 @@ def attention_backward(
     """
     *documents, alibi, bias, sink = tables
     job = job_of(Recipe.parse(recipe), (total[0], total[1]), documents, saved[1:4], scale, seed, backward=True)
+    if asked():
+        check_alike(job.transport, "the backward pass of attention", _facts(job, saved[1:4], scale, seed, tables), saved[0].device)
     ranks = range(len(job.plans))
     d_lses = [None for _ in ranks] if d_lse is None else job.shards(d_lse, job.q_layout, dim=2)
     d_out, q, k, v, out, lse, *kept = saved

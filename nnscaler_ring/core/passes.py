@@ -263,9 +263,14 @@ def _attend(
     out, lse = joined or (ends[0], found[0].lse)
     if extras.sink is not None:  # one more key, without a value
         sink = extras.sink.to(exact).view(-1, 1)
-        out *= torch.sigmoid(lse - sink).nan_to_num_(nan=0.0)  # -inf less -inf: there is nothing
+        out *= torch.sigmoid(_less(lse, sink))
         lse = torch.logaddexp(lse, sink)
     return out.to(q.dtype), lse.to(exact).squeeze(3).transpose(1, 2).contiguous()
+
+
+def _less(one: Tensor, other: Tensor) -> Tensor:
+    """A difference of log-sum-exps; -inf of two that are -inf: there is nothing."""
+    return (one - other).masked_fill_((one == other) & (one == float("-inf")), float("-inf"))
 
 
 def _features(part: int, recipe: Recipe, q: Tensor) -> slice:
@@ -370,5 +375,5 @@ def _of_sink(sink: Tensor, d_lse: Tensor | None, d_out: Tensor, out: Tensor, lse
     """The gradient ``[Hq]`` of the logits of keys without values."""
     exact = lse.dtype
     delta = (d_out.to(exact) * out.to(exact)).sum(3).transpose(1, 2)
-    weight = torch.exp(sink.to(exact).view(-1, 1) - lse).nan_to_num_(nan=0.0)
+    weight = torch.exp(_less(sink.to(exact).view(-1, 1), lse))
     return (weight * ((0.0 if d_lse is None else d_lse) - delta)).sum((0, 2))

@@ -35,6 +35,8 @@ class Recipe:
         batch0, head0: numbers of the first batch row and head in the whole model, where ranks have others besides.
         reduce_dtype: name of the dtype in which gradients of keys and values travel; fp32 (float64 for float64) where empty.
         returns_lse: the log-sum-exp is given out, so that it may have a gradient, on one rank or on all.
+        rank: this process's in the group, in a graph whose shapes depend on it: torch keeps compiled graphs on disk, for all ranks
+            of a machine, and finds them by what they contain. Nothing else looks at it.
     """
 
     group: str = "local:1"
@@ -54,6 +56,7 @@ class Recipe:
     head0: int = 0
     reduce_dtype: str = ""
     returns_lse: bool = True
+    rank: int = 0
 
     @property
     def parts(self) -> int:

@@ -17,7 +17,7 @@ from .agree import asked, check_alike
 from .device import on_device
 from .layout import PACKINGS, Layout
 from .recipe import content, layout_of
-from .transport import Exchange, Transport, Walk, transport_of
+from .transport import Exchange, Transport, Walk, rank_in, transport_of
 
 
 @lru_cache(maxsize=PACKINGS)
@@ -58,11 +58,6 @@ def _indices(rows: Sequence[np.ndarray], device: torch.device) -> Sequence[Tenso
     return on_device(np.concatenate(rows), device).split([len(each) for each in rows])
 
 
-@library.custom_op(
-    "nnscaler_ring::relayout",
-    mutates_args=(),
-    schema="(Tensor[] tensors, Tensor? cu_seqlens, SymInt total, str source, str target, str group) -> Tensor[]",
-)
 def relayout(
     tensors: Sequence[Tensor], cu_seqlens: Tensor | None, total: int, source: str, target: str, group: str
 ) -> list[Tensor]:
@@ -75,6 +70,19 @@ def relayout(
         source, target: names in `layouts.LAYOUTS`, or strings of `layouts.name_of`.
         group: name of the process group.
     """
+    moved: list[Tensor] = _relaid(tensors, cu_seqlens, total, source, target, group, rank_in(group))
+    return moved
+
+
+@library.custom_op(
+    "nnscaler_ring::relayout",
+    mutates_args=(),
+    schema="(Tensor[] tensors, Tensor? cu_seqlens, SymInt total, str source, str target, str group, int rank) -> Tensor[]",
+)
+def _relaid(
+    tensors: Sequence[Tensor], cu_seqlens: Tensor | None, total: int, source: str, target: str, group: str, rank: int
+) -> list[Tensor]:
+    """`relayout`; `rank` is there for graphs alone, whose shapes depend on it, as in `Recipe`."""
     transport = transport_of(group)
     if transport.inner > 1:
         raise ValueError(f"relayout from {source!r} to {target!r} over a grid: ranks of different teams and places share no group")
@@ -92,33 +100,34 @@ def _held(transport: Transport, tensors: Sequence[Tensor], cu: bytes | None, tot
     if asked():
         shapes = [(x.shape[0], *x.shape[2:], x.dtype) for x in tensors]
         facts = {"batch, heads, head dims or dtype": shapes, "layout": names, "seq_len": total, "cu_seqlens": cu}
-        check_alike(transport, facts | {"whether their tokens are as many as the layout gives": wrong is None}, tensors[0].device)
+        facts |= {"whether their tokens are as many as the layout gives": wrong is None}
+        check_alike(transport, "what moves tokens between layouts", facts, tensors[0].device)
     if wrong is not None:
         raise ValueError(f"rank {rank} passed {wrong} tokens; layout {names[0]!r} of {total} tokens gives it {held.counts[rank]}")
     return held
 
 
-@relayout.register_fake
-def _(tensors: Sequence[Tensor], cu_seqlens: Tensor | None, total: int, source: str, target: str, group: str) -> list[Tensor]:
+@_relaid.register_fake
+def _(
+    tensors: Sequence[Tensor], cu_seqlens: Tensor | None, total: int, source: str, target: str, group: str, rank: int
+) -> list[Tensor]:
     if isinstance(total, torch.SymInt):  # so many shards like this one, which without documents every layout can hold
         return [torch.empty_like(x) for x in tensors]
-    transport = transport_of(group)
-    (rank,) = transport.ranks
-    rows = layout_of(target, total, transport.world_size, content(cu_seqlens)).counts[rank]
+    rows = layout_of(target, total, transport_of(group).world_size, content(cu_seqlens)).counts[rank]
     return [x.new_empty((x.shape[0], int(rows), *x.shape[2:])) for x in tensors]
 
 
 def _save_relayout(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _, cu_seqlens, ctx.total, ctx.source, ctx.target, ctx.group = inputs
+    _, cu_seqlens, ctx.total, ctx.source, ctx.target, *ctx.where = inputs
     ctx.save_for_backward(cu_seqlens)
 
 
 def _undo_relayout(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    back = relayout(grads, *ctx.saved_tensors, ctx.total, ctx.target, ctx.source, ctx.group)
-    return back, None, None, None, None, None
+    back = _relaid(grads, *ctx.saved_tensors, ctx.total, ctx.target, ctx.source, *ctx.where)
+    return back, *[None] * 6
 
 
-relayout.register_autograd(_undo_relayout, setup_context=_save_relayout)
+_relaid.register_autograd(_undo_relayout, setup_context=_save_relayout)
 
 
 def _gather(layout: Layout, inner: int, rank: int, x: Tensor) -> Walk:

@@ -267,6 +267,18 @@ def transport_of(group: str) -> Transport:
     return ProcessTransport(*map(resolve_group, group.split(GRID)))
 
 
+@torch.compiler.assume_constant_result
+def rank_in(group: str) -> int:
+    """This process's rank in a group; the first where all are in this process."""
+    return transport_of(group).ranks[0]
+
+
+@torch.compiler.assume_constant_result
+def num_ranks(group: str) -> int:
+    """How many ranks share a sequence in a group."""
+    return transport_of(group).world_size
+
+
 class RingComm:
     """Neighbour exchange on a ring, for people who write a variant: queue sends and receives, `commit`, `wait`.
 

@@ -98,6 +98,12 @@ def philox(q_at: Tensor, k_at: Tensor, head: Tensor, batch: Tensor, seed: int) -
     return c0
 
 
+def _unit(x: Tensor) -> Tensor:
+    """The least power of 2 from 1 on by which `x` is to be divided that fp16 holds it, as far as fp16 holds that."""
+    most = 2.0**15
+    return torch.exp2(torch.ceil(torch.log2(x.abs().amax() / most))).nan_to_num_(nan=1.0).clamp_(1.0, most)
+
+
 @dataclass(frozen=True)
 class Case:
     """What the choice of a backend depends on; `features` are names that `Scores.features` gives, and ``d_lse``."""
@@ -162,14 +168,17 @@ class Kernel(ABC):
         """`backward`, for any backend with the gradient of the log-sum-exp.
 
         Without it in the backend all keys get a value of 1 besides theirs, of which `d_lse` is the gradient; its part of `out`,
-        which is counted in `d_lse`, is 0. So such a backend has no dropout, and values one wider.
+        which is counted in `d_lse`, is 0. So such a backend has no dropout, and values one wider. The value is a power of 2 above 1
+        where fp16 would not hold the gradient.
         """
         if grad.d_lse is None or self.takes_d_lse:
             self.backward(grad, k, v, spans, window, scores)
             return
-        column = grad.d_lse.transpose(1, 2).unsqueeze(3).to(grad.d_out.dtype)
+        column = grad.d_lse.transpose(1, 2).unsqueeze(3)
+        unit = _unit(column) if v.dtype == torch.float16 and column.numel() else 1.0
+        column = (column / unit).to(grad.d_out.dtype)
         d_out, out = torch.cat([grad.d_out, column], 3), torch.cat([grad.out, torch.zeros_like(column)], 3)
-        wide = torch.cat([v, torch.ones_like(v[..., :1])], 3)
+        wide = torch.cat([v, torch.ones_like(v[..., :1]) * unit], 3)
         dv = Sum(wide)
         self.backward(replace(grad, d_out=d_out, out=out, dv=dv, d_lse=None), k, wide, spans, window, scores)
         grad.dv.add(np.array([[0, v.shape[1]]]), dv.total()[..., :-1])

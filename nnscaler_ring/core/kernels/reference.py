@@ -31,7 +31,8 @@ class Reference(Kernel):
             i0, i1, j0, j1, _ = piece
             s, _ = _scores(_tile(q, i0, i1), _tile(k, j0, j1, q), scores, piece, window)
             lse = torch.logsumexp(s, dim=-1)
-            weights = torch.exp(s - _finite(lse).unsqueeze(-1))
+            weights = torch.softmax(s, -1)  # not exp(s - lse): an fp32 lse of 1e5 has lost what tells sums of weights apart
+            weights = weights.masked_fill_((lse == float("-inf")).unsqueeze(-1), 0.0)  # a bias hides all keys of the row
             if scores.dropout:
                 weights = weights * _kept(weights, scores, piece)
             outs.append((weights @ _tile(v, j0, j1, q)).transpose(1, 2))

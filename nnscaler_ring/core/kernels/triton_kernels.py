@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(-2.3e38)
+"""The least score: times ``log2(e)`` it is still finite in fp32."""
+
 QUERY_COLUMNS = tl.constexpr(10)
 KEY_COLUMNS = tl.constexpr(6)
 VISIT_COLUMNS = tl.constexpr(8)
@@ -72,15 +75,27 @@ def _at(x, b, h, first, x_b, x_l, x_h, rows, columns):  # type: ignore[no-untype
 
 
 @triton.jit
+def _tanh(x):  # type: ignore[no-untyped-def]
+    """By its series where the quotient would lose digits, which a large soft cap multiplies."""
+    square = x * x
+    series = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    return tl.where(square < 0.04, series, 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E))))
+
+
+@triton.jit
 def _scores(products, scale, softcap, added, SOFTCAP: tl.constexpr, ADDED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The scores times ``log2(e)``, and their derivative by the scaled products where there is a soft cap."""
+    """The scores times ``log2(e)``, and their derivative by the scaled products where there is a soft cap.
+
+    The least finite numbers stay finite: masks of them hide nothing where they are all that a row has.
+    """
     if SOFTCAP:
-        bent = 1.0 - 2.0 / (1.0 + tl.exp2(products * (2.0 * LOG2E * scale / softcap)))  # tanh
+        bent = _tanh(products * (scale / softcap))
         s, bend = bent * softcap, 1.0 - bent * bent
     else:
         s, bend = products * scale, 1.0
     if ADDED:
         s += added
+        s = tl.where((s < LEAST) & (s > float("-inf")), LEAST, s)
     return s * LOG2E, bend
 
 
