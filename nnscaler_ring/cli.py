@@ -51,11 +51,11 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; SystemExit with code 2 and one line on stderr where it is wrong; help where it is empty."""
     parser = _parser()
-    options = parser.parse_args(argv)
-    if options.run is None:
-        parser.print_help(sys.stderr)
-        return 2
     try:
+        options = parser.parse_args(argv)
+        if options.run is None:
+            parser.print_help(sys.stderr)
+            return 2
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; what is left in the buffer must not fail once more at exit
@@ -95,7 +95,7 @@ class _Completion(argparse.Action):
             action.choices = action.choices or getattr(action.type, "known", None)
             if action.metavar == "FILE":
                 action.complete = shtab.FILE
-        print(shtab.complete(parser, values))
+        print(shtab.complete(parser, values), flush=True)
         parser.exit()
 
 

@@ -37,7 +37,7 @@ from .core.relayout import gather
 from .core.transport import num_ranks, rank_in
 from .launch import detect
 
-KNOWN = tuple(sorted({field.name for field in fields(Options)} - {"softmax_scale", "causal"}))
+KNOWN = tuple(sorted({field.name for field in fields(Options)} - {"softmax_scale", "causal", "far"}))
 """Options of `ContextParallel.attention` by keyword."""
 
 
@@ -108,6 +108,7 @@ class ContextParallel:
         layout: str | Layout = "contiguous",
         transport: str = "auto",
         kernel: str = "auto",
+        *,
         reduce_dtype: torch.dtype | None = None,
         heads_k_stride: int = 0,
     ) -> None:
@@ -159,7 +160,7 @@ class ContextParallel:
             raise ValueError(f"layout {self._recipe.layout!r} cuts each document: pass cu_seqlens")
         return layout_of(self._recipe.layout, seq_len, self.world_size, content(cu))
 
-    def position_ids(self, seq_len: int, cu_seqlens: Tensor | None = None, device: torch.device | str | None = None) -> Tensor:
+    def position_ids(self, seq_len: int, *, cu_seqlens: Tensor | None = None, device: torch.device | str | None = None) -> Tensor:
         """Positions of this rank's tokens in the whole sequence, int64 ``[L]``, for RoPE; within each document with `cu_seqlens`.
 
         Args:
@@ -172,7 +173,7 @@ class ContextParallel:
                 them: shard a batch before its positions are asked for.
 
         Example:
-            >>> ContextParallel(None).position_ids(5, torch.tensor([0, 3, 5], dtype=torch.int32)).tolist()
+            >>> ContextParallel(None).position_ids(5, cu_seqlens=torch.tensor([0, 3, 5])).tolist()
             [0, 1, 2, 0, 1]
         """
         self._check_documents(cu_seqlens)
@@ -183,7 +184,7 @@ class ContextParallel:
             positions = positions - starts[np.searchsorted(starts, positions, side="right") - 1]
         return torch.from_numpy(positions).to(device)
 
-    def shard(self, x: Tensor, dim: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    def shard(self, x: Tensor, dim: int, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """This rank's tokens of `x`, which every rank has whole: ``[..., S, ...] -> [..., L, ...]``; differentiable.
 
         Args:
@@ -204,7 +205,7 @@ class ContextParallel:
         positions = held.positions(self.rank)
         return x.index_select(dim, on_device(positions, x.device))
 
-    def unshard(self, x: Tensor, dim: int, cu_seqlens: Tensor | None = None, seq_len: int | None = None) -> Tensor:
+    def unshard(self, x: Tensor, dim: int, *, cu_seqlens: Tensor | None = None, seq_len: int | None = None) -> Tensor:
         """The whole tensor in natural order on every rank, from each rank's tokens: ``[..., L, ...] -> [..., S, ...]``.
 
         The gradient of a rank's tokens is that of the same tokens in its own whole tensor.

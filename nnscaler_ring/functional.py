@@ -4,7 +4,7 @@ Legend: `B` batch, `L` tokens of this rank, `T` packed tokens of this rank, `Hq`
 All share a tail of arguments: ``dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), alibi_slopes=None,
 deterministic=False, return_attn_probs=False, group=None``, with flash-attn's meaning in *global* positions; `group` None is the
 default group. They return out like q with head dim `Dv`, and with `return_attn_probs` the tuple ``(out, softmax_lse, None)``:
-``softmax_lse`` is fp32, natural log, ``[B, Hq, L]`` (packed: ``[Hq, T]``).
+``softmax_lse`` is fp32 (float64 for float64), natural log, ``[B, Hq, L]`` (packed: ``[Hq, T]``).
 
 A function here is data: a layout and a transport. What they mean is in `core.layout` and `core.plan`.
 """

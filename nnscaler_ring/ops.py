@@ -122,7 +122,7 @@ class _Call:
         if q.dim() != len(self.spec.out):
             raise ValueError(f"{self.spec.name}: q has shape {tuple(q.shape)}, the op takes dims {self.spec.out}")
         if self.settings.layout not in ("contiguous", self.spec.layout):
-            allowed = " or ".join(dict.fromkeys(("'contiguous' (natural order)", repr(self.spec.layout))))
+            allowed = " or ".join(["'contiguous' (natural order)", *{repr(self.spec.layout)} - {"'contiguous'"}])
             raise ValueError(f"{self.spec.name}: tokens in layout {self.settings.layout!r}; give {allowed}")
         if not on_mesh:
             if nnscaler.tracing():
@@ -327,7 +327,8 @@ def _dense_attn(
         dropout_seed: of the dropout; drawn from torch's default CPU generator where None.
 
     Returns:
-        out ``[B, S, Hq, Dv]``, or ``(out, softmax_lse, None)`` with ``softmax_lse`` ``[B, Hq, S]``, fp32, natural log.
+        out ``[B, S, Hq, Dv]``, or ``(out, softmax_lse, None)`` with ``softmax_lse`` ``[B, Hq, S]``, natural log, fp32
+            (float64 for float64).
 
     Raises:
         ValueError: an argument or a placement is not as described; says what is allowed.
@@ -408,7 +409,8 @@ def wrap_ring_attn_varlen_func(
             kernel, seq_len, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
 
     Returns:
-        out ``[T, Hq, Dv]``, or ``(out, softmax_lse, None)`` with ``softmax_lse`` ``[Hq, T]``, fp32, natural log.
+        out ``[T, Hq, Dv]``, or ``(out, softmax_lse, None)`` with ``softmax_lse`` ``[Hq, T]``, natural log, fp32 (float64
+            for float64).
 
     Raises:
         ValueError, NotImplementedError: see `wrap_ring_attn_func`.
@@ -500,7 +502,7 @@ def wrap_streaming_llm_attn_func(
 
     Args:
         q: ``[B, S, Hq, D]``, a plain tensor or a DTensor; k ``[B, S, Hk, D]``; v ``[B, S, Hk, Dv]``.
-        window_size: tokens seen before each token.
+        window_size: tokens seen before each token; -1 for no limit.
         num_sinks: first tokens of each document that all its later tokens see.
         softmax_scale, dropout_p, alibi_slopes, deterministic, return_attn_probs, process_group, cu_seqlens, transport, kernel,
             seq_len, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.

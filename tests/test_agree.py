@@ -84,7 +84,7 @@ def refuse_boundaries(rank: int, world_size: int) -> list[str]:
     wrong = torch.tensor([0, 5, 16 + 2 * rank], dtype=torch.int32)
     for call in (
         lambda: cp.attention(*qkv(), cu_seqlens=wrong, seq_len=16),
-        lambda: cp.unshard(torch.ones(1, 8, 2), 1, wrong, seq_len=16),
+        lambda: cp.unshard(torch.ones(1, 8, 2), 1, cu_seqlens=wrong, seq_len=16),
         lambda: cp.attention(*qkv(), "causal" if rank == 0 else "runs from 0 to 18"),
     ):
         with mock.patch.dict("os.environ", {VARIABLE: "1"}), pytest.raises(ValueError) as told:

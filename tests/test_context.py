@@ -323,10 +323,10 @@ REFUSED: list[tuple[dict[str, Any], Callable[[ContextParallel, Tensor], Any], li
     ({"layout": "contiguous-per-document"}, lambda cp, x: cp.shard(x, 1), ["cu_seqlens"]),
     ({"layout": "contiguous-per-document"}, lambda cp, x: cp.unshard(x, 1), ["cu_seqlens"]),
     ({"layout": "contiguous-per-document"}, lambda cp, x: cp.position_ids(8), ["cu_seqlens"]),
-    ({}, lambda cp, x: cp.shard(x, 1, torch.tensor([0, 99])), ["cu_seqlens", "99"]),
-    ({}, lambda cp, x: cp.unshard(x, 1, torch.tensor([0, 99])), ["99"]),
+    ({}, lambda cp, x: cp.shard(x, 1, cu_seqlens=torch.tensor([0, 99])), ["cu_seqlens", "99"]),
+    ({}, lambda cp, x: cp.unshard(x, 1, cu_seqlens=torch.tensor([0, 99])), ["99"]),
     ({}, lambda cp, x: cp.unshard(x, 1, seq_len=99), ["99"]),
-    ({}, lambda cp, x: cp.unshard(x, 1, torch.tensor([0, 8]), seq_len=99), ["99"]),
+    ({}, lambda cp, x: cp.unshard(x, 1, cu_seqlens=torch.tensor([0, 8]), seq_len=99), ["99"]),
 ]
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import nnscaler_ring as nr
 from nnscaler_ring.core import engine
-from nnscaler_ring.core.call import Options, attend
+from nnscaler_ring.core.call import Options, Rows, attend
 from nnscaler_ring.core.device import on_device, take
 from nnscaler_ring.core.kernels import Case, Grad, choose
 from nnscaler_ring.core.kernels.aten import AtenCpu
@@ -104,9 +104,11 @@ def test_parts_that_are_none(parts: list[Any]) -> None:
 
 def test_a_mask_of_parts_where_features_have_none() -> None:
     tensors, mask = qkv(seq=8), nr.Mask([(0, 4, 0, 4), (4, 8, 4, 8)], 8, parts=[1, 0])
-    for call in ({"mask": mask}, {"mask": nr.Mask([(0, 8, 0, 8)], 8), "far": 3}):
+    for slices, far in ((mask, None), (nr.Mask([(0, 8, 0, 8)], 8), 3)):
         with pytest.raises(ValueError, match="parts"):
-            nr.ContextParallel().attention(*tensors, **call)
+            attend(*tensors, Recipe(), Options(far=far), Rows(slices=slices))
+    with pytest.raises(TypeError, match="takes no far"):
+        nr.ContextParallel().attention(*tensors, far=3)
 
 
 @pytest.mark.parametrize("call", [{"dropout_p": 0.1, "dropout_seed": 1.5}, {"dropout_p": 0.1, "dropout_seed": 1 << 63}], ids=str)
@@ -392,7 +394,7 @@ def test_boundaries_that_change_before_the_backward_pass_are_told(ranks: Any) ->
 
 def changed_boundaries(rank: int, world_size: int) -> None:
     cp, cu = nr.ContextParallel(layout="zigzag-per-document"), torch.tensor([0, 4, 16])
-    mine = cp.shard(torch.randn(16), 0, cu).requires_grad_()
+    mine = cp.shard(torch.randn(16), 0, cu_seqlens=cu).requires_grad_()
     whole = gather(mine.reshape(1, -1), cu, 16, "zigzag-per-document", dist.group.WORLD.group_name)
     moved = relayout([mine.reshape(1, -1)], cu, 16, "zigzag-per-document", "contiguous", dist.group.WORLD.group_name)[0]
     cu.copy_(torch.tensor([0, 8, 16]))

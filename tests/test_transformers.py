@@ -27,6 +27,7 @@ from nnscaler_ring import ContextParallel, substitute_hf_flash_attn, update_ring
 from nnscaler_ring.core import layouts
 from nnscaler_ring.integrations import families, substitute
 from nnscaler_ring.integrations.transformers import Attention, next_token_loss, refuse_masks, register, registered
+from tests.test_options import Watch
 
 transformers = pytest.importorskip("transformers", "4.48", reason="needs transformers >= 4.48")
 
@@ -99,7 +100,7 @@ def compare(cp: ContextParallel, family: str, prepare: Callable[[Any], Any] = la
     batch = attention.shard_batch(row)
     result = shared(**batch, use_cache=False)
     cu = batch["cu_seq_lens_q"]
-    close("logits", cp.unshard(result.logits, 1, cu, seq_len=want.shape[1]), want)
+    close("logits", cp.unshard(result.logits, 1, cu_seqlens=cu, seq_len=want.shape[1]), want)
     loss = loss_of(result, batch)
     loss.backward()
     total = loss.detach().clone()
@@ -175,7 +176,7 @@ def compared(rank: int, world_size: int, family: str) -> None:
     shared = attention.apply(of_family(family))
     batch = attention.shard_batch(row)
     result = shared(**batch, use_cache=False)
-    close("logits", cp.unshard(result.logits, 1, batch["cu_seq_lens_q"], seq_len=want.shape[1]), want)
+    close("logits", cp.unshard(result.logits, 1, cu_seqlens=batch["cu_seq_lens_q"], seq_len=want.shape[1]), want)
     loss_of(result, batch).backward()
     for (name, x), other in zip(shared.named_parameters(), model.parameters(), strict=True):
         grad = torch.zeros_like(x) if x.grad is None else x.grad
@@ -544,8 +545,10 @@ def substituted(rank: int, world_size: int, family: str, stride: int) -> None:
             model(**mine, use_cache=False)
         cu = torch.tensor([0, 10, 11, 24], dtype=torch.int32)
         update_ring_flash_attn_params(cu, dist.group.WORLD)
-        logits = model(**mine, use_cache=False).logits
+        with Watch() as seen:
+            logits = model(**mine, use_cache=False).logits
         close("logits", ContextParallel(dist.group.WORLD).unshard(logits, 1), want)
+        assert seen.calls and all(call.recipe.heads_stride == stride for call in seen.calls)
         use_ring_attn(False)
         called = []
         with mock.patch.dict(substitute._BEFORE, {name: (lambda *a, **k: called.append(1), None)}):

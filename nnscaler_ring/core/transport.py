@@ -286,6 +286,7 @@ class RingComm:
         process_group: the ring; each rank sends to the next higher rank and receives from the next lower. None: the default group.
 
     Raises:
+        ValueError: no group, or one that this process is not in.
         RuntimeError: `commit` twice without `wait`, or `wait` without `commit`.
 
     Example:
@@ -297,7 +298,7 @@ class RingComm:
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         group = member_of(process_group)
         if group is None:
-            raise RuntimeError("RingComm needs a process group: call torch.distributed.init_process_group first")
+            raise ValueError("RingComm needs a process group: call torch.distributed.init_process_group first")
         self._transport = ProcessTransport(group)
         self.rank, self.world_size = group.rank(), group.size()
         self._send: list[tuple[int, Tensor]] = []

@@ -255,7 +255,7 @@ class Attention:
                 f"ranks have had different numbers of tokens, so {tokens} here may be of several lengths: pass cu_seq_lens_q, "
                 f"[0, S] for one sequence. {_TOLD}"
             )
-        row = cp.unshard(position_ids.contiguous(), 1, documents, length).cpu().numpy()
+        row = cp.unshard(position_ids.contiguous(), 1, cu_seqlens=documents, seq_len=length).cpu().numpy()
         held = [cp._layout(row.shape[1], documents).positions(rank) for rank in range(cp.world_size)]
         begins = set() if cu_seqlens is None else set(cu_seqlens.tolist())
         if all((row[0][at] == np.arange(len(at))).all() for at in held) and not {int(at[0]) for at in held} <= begins:
@@ -306,14 +306,18 @@ class Attention:
         following = None if "labels" not in whole else _next_labels(whole["labels"], cu, mask)
         self._padded |= mask is not None and not bool(mask.all())
         out = {name: x for name, x in whole.items() if name not in PARTS}
-        out |= {name: cp.shard(whole[name], 1, documents).to(device) for name in TOKENS if name in whole}
-        own = cp.position_ids(length, documents).unsqueeze(0) if positions is None else cp.shard(positions, 1, documents)
+        out |= {name: cp.shard(whole[name], 1, cu_seqlens=documents).to(device) for name in TOKENS if name in whole}
+        own = (
+            cp.position_ids(length, cu_seqlens=documents).unsqueeze(0)
+            if positions is None
+            else cp.shard(positions, 1, cu_seqlens=documents)
+        )
         out["position_ids"] = own.to(tokens.device if device is None else device)
         self._remember(out["position_ids"], table, ours=True)
         out["cu_seq_lens_q"] = out["cu_seq_lens_k"] = table.to(torch.int32)
         self._remember(out["cu_seq_lens_q"], table, ours=True)
         if following is not None:
-            out["shift_labels"] = cp.shard(following, 1, documents).to(device)
+            out["shift_labels"] = cp.shard(following, 1, cu_seqlens=documents).to(device)
             if _takes_shift_labels():
                 out["labels"] = out["shift_labels"]
             items = whole.get("num_items_in_batch", (following != IGNORED).sum())
