@@ -125,6 +125,7 @@ def tables() -> Iterator[Bad]:
     for name in having("max_seqlen"):
         yield Bad(names=[name], change={"cu_seqlens": None}, words=["cu_seqlens", "tensor"])
         yield Bad(names=[name], change={"max_seqlen": 4}, words=["max_seqlen=4", "5"])
+        yield Bad(names=[name], change={"max_seqlen": None}, words=["max_seqlen=None", "5"])
     for name in having("local_k_slice"):
         yield Bad(names=[name], change={"max_seqlen_q": 4}, words=["max_seqlen", "4", "5"])
         yield Bad(names=[name], change={"max_seqlen_k": 4}, words=["max_seqlen", "4", "5"])
