@@ -23,6 +23,7 @@ from .core.call import (
     attend,
     check_differentiable,
     check_names,
+    check_plain,
     check_qkv,
     grid_name,
     group_name,
@@ -129,6 +130,7 @@ class ContextParallel:
         check_names(self._recipe)
         rank_in(name)  # the group is there, and this process in it; not kept, since another process may load what this one saves
         self._uneven = set[int]()  # lengths of shards that were given out where others had another
+        self._last_uneven = False  # of which the last were: a graph is for one value, so it looks at this alone
         self._by_documents: bool | None = None  # and were cut by documents, where the layout may look at them
 
     @property
@@ -201,7 +203,8 @@ class ContextParallel:
         """
         held = self._layout(_tokens(x, dim), cu_seqlens)
         self._by_documents = cu_seqlens is not None
-        self._uneven |= set(held.counts.tolist()) if (held.counts != held.counts[0]).any() else set()
+        self._last_uneven = bool((held.counts != held.counts[0]).any())
+        self._uneven |= set(held.counts.tolist()) if self._last_uneven else set()
         positions = held.positions(self.rank)
         return x.index_select(dim, on_device(positions, x.device))
 
@@ -240,12 +243,12 @@ class ContextParallel:
         cu = host_table("cu_seqlens", cu_seqlens)
         if cu is not None:
             return int(cu[-1])
-        self._check_even(tokens)
+        self._check_even(tokens, tokens in self._uneven)
         return tokens * self.world_size
 
-    def _check_even(self, tokens: int) -> None:
-        """ValueError where shards of so many tokens may be of several lengths: on every rank alike, where the lengths are not."""
-        if any(tokens == uneven for uneven in self._uneven):
+    def _check_even(self, tokens: int, uneven: bool) -> None:
+        """ValueError where shards may be `uneven`: on every rank alike, where the lengths are not."""
+        if uneven:
             raise ValueError(
                 f"shards of different lengths have been given out before, so {tokens} tokens here may be of several lengths: pass "
                 "seq_len, the tokens of the whole sequence"
@@ -284,10 +287,11 @@ class ContextParallel:
             settled, rows = self._settled(mask, softmax_scale, cu_seqlens, options)
             self._check_documents(cu_seqlens)
             if rows.seq_len is None:
-                self._check_even(q.shape[q.dim() - 3])
+                self._check_even(q.shape[q.dim() - 3], self._last_uneven)
             return attend(q, k, v, self._recipe, settled, rows)
         with announced(self._recipe.group, q.device):
             settled, rows = self._settled(mask, softmax_scale, cu_seqlens, options)
+            check_plain(q, k, v)
             check_qkv(q, k, v)
             self._check_documents(cu_seqlens)
             cu_seqlens = host_table("cu_seqlens", cu_seqlens)  # read from the device once

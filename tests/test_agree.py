@@ -146,12 +146,14 @@ def moving_rows(rank: int, world_size: int) -> list[str]:
 
 
 def alike(rank: int, world_size: int) -> None:
-    """What ranks may say differently: of llama3's rows each knows its own."""
+    """What ranks may say differently: of llama3's rows each knows its own, and a graph may be of a rank."""
     cu = torch.tensor([0, 5, 16], dtype=torch.int32)
     prepared = llama3_flash_attn_prepare_cu_seqlens(cu, True, rank, world_size)
     with mock.patch.dict("os.environ", {VARIABLE: "1"}):
         q, k, v = (x.squeeze(0) for x in qkv())
         assert llama3_flash_attn_varlen_func(q, k, v, *prepared[:4], 1, prepared[4], causal=True).shape == (8, 4, 8)
+        heads = ContextParallel(transport="all_to_all")
+        assert torch.compile(lambda *x: heads.attention(*x), backend="eager")(*qkv()).shape == (1, 8, 4, 8)
 
 
 def test_llama3_calls_alike(ranks: Any) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nnscaler_ring import ContextParallel, Mask
@@ -366,6 +367,13 @@ def uneven(rank: int, world_size: int) -> None:
     call = torch.compile(lambda x: cp.attention(x, x, x), backend="eager", fullgraph=False)
     with pytest.raises(ValueError, match="pass seq_len"), no_communication():
         call(x)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    call = torch.compile(lambda x: cp.attention(x, x, x), backend=counter, fullgraph=True)
+    for length in (9, 11, 13):  # between steps of one length others are called outside, by what they are in all
+        cp.attention(*[cp.shard(torch.randn(1, length, 2, 4), dim=1)] * 3, seq_len=length)
+        call(cp.shard(torch.randn(1, 12, 2, 4), dim=1))
+    assert counter.frame_count == 1
 
 
 def test_uneven_shards_in_a_graph(ranks) -> None:

@@ -141,27 +141,26 @@ class Front:
         return found
 
 
-def _front(name: str) -> Front:
-    function = getattr(nr, name)
-    named = [option for option in inspect.signature(function).parameters if option in OPTIONS]
-    return Front(function, tensors(name), arguments(name, 1), named)
+OTHERS = {"cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen", "max_seqlen_q", "max_seqlen_k", "local_k_slice", "layout"}
+OTHERS |= {"seq_len", "seq_len_k", "process_group", "group", "choices", "return_total_attention"}
+OTHERS |= {"cp_group", "cp_size", "cp_local_rank", "cp_prev_global_rank", "cp_next_global_rank"}
+"""What says which tokens are passed and who has the others, and total attention: other tests have their numbers."""
+TENSORS = {"q", "k", "v", "kv", "qkv", "q1", "k1", "q2", "k2"}
+
+
+def _front(name: str, given: Sequence[Tensor], good: dict[str, Any]) -> Front:
+    names = list(inspect.signature(getattr(nr, name)).parameters)
+    assert not {*names} - OPTIONS.keys() - OTHERS - TENSORS, name
+    return Front(getattr(nr, name), given, good, [option for option in names if option in OPTIONS])
 
 
 def _fronts() -> dict[str, Front]:
-    found = {name: _front(name) for name in ALL}
-    x = torch.rand(1, 8, HEADS, 8)
-    cp = nr.ContextParallel()
-    found["ContextParallel.attention"] = Front(
-        cp.attention, [x] * 3, {}, ["softmax_scale", *(name for name in KNOWN if name in OPTIONS)]
-    )
-    for name, good in (
-        ("flash_attention", {}),
-        ("piecewise_attention", {"dist_threshold": 2}),
-        ("wrap_piecewise_attn_func", {"dist_threshold": 2}),
-    ):
-        function = getattr(nr, name)
-        named = [option for option in inspect.signature(function).parameters if option in OPTIONS]
-        found[name] = Front(function, [x] * (5 if "piecewise" in name else 3), good, named)
+    found = {name: _front(name, tensors(name), arguments(name, 1)) for name in ALL}
+    x, far = torch.rand(1, 8, HEADS, 8), {"dist_threshold": 2}
+    found["flash_attention"] = _front("flash_attention", [x] * 3, {})
+    found |= {name: _front(name, [x] * 5, far) for name in ("piecewise_attention", "wrap_piecewise_attn_func")}
+    assert {*KNOWN} <= OPTIONS.keys()
+    found["ContextParallel.attention"] = Front(nr.ContextParallel().attention, [x] * 3, {}, ["softmax_scale", *KNOWN])
     return found
 
 

@@ -49,6 +49,7 @@ def check_alike(transport: Transport, call: str, facts: Mapping[str, object], de
     facts = {_CAN_BE: bool(facts), _CALL: call, **facts}
     digests = [hashlib.sha256(repr(fact).encode()).digest()[:8] for fact in facts.values()]
     numbers = [int.from_bytes(each, "little", signed=True) for each in digests]
+    assert len(numbers) <= FACTS
     own = [dist.get_rank(), *numbers, *[0] * (FACTS - len(numbers))]
     said = torch.tensor([own], device=device)
     for group in transport.groups:  # of a grid first the ranks of one place, then with all that they have heard those of a team

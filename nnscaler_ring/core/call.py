@@ -30,7 +30,7 @@ from .passes import inner_of, kernel_for, shape_of
 from .plan import ALL_TO_ALL, check_transport
 from .recipe import Recipe, content, layout_of, mask_of
 from .scaling import best_transport, machine_of
-from .transport import GRID, is_grid, is_local, member_of, transport_of
+from .transport import GRID, is_grid, is_local, member_of, num_ranks, transport_of
 
 Group = dist.ProcessGroup | Sequence[int] | None
 """A process group, the global ranks of one, or None for the default group (this process alone where there is none)."""
@@ -227,15 +227,10 @@ def _in_graph(
 
 def whole_lengths(q: Tensor, k: Tensor, group: str, rows: Rows) -> tuple[int, int]:
     """Query and key tokens of the whole sequence: as `rows` says, or so many shards like this rank's."""
-    dim, shards = q.dim() - 3, _num_shards(group)
+    dim, shards = q.dim() - 3, 1 if is_local(group) else num_ranks(group)
     seq_len_k = rows.seq_len if rows.seq_len_k is None else rows.seq_len_k
     total_q = shards * q.shape[dim] if rows.seq_len is None else rows.seq_len
     return total_q, shards * k.shape[dim] if seq_len_k is None else seq_len_k
-
-
-@torch.compiler.assume_constant_result
-def _num_shards(group: str) -> int:
-    return 1 if is_local(group) else transport_of(group).world_size
 
 
 _GUARDS = TorchVersion(torch.__version__) >= "2.7"

@@ -169,7 +169,7 @@ class Kernel(ABC):
 
         Without it in the backend all keys get a value of 1 besides theirs, of which `d_lse` is the gradient; its part of `out`,
         which is counted in `d_lse`, is 0. So such a backend has no dropout, and values one wider. The value is a power of 2 above 1
-        where fp16 would not hold the gradient.
+        where fp16 would not hold `d_lse`.
         """
         if grad.d_lse is None or self.takes_d_lse:
             self.backward(grad, k, v, spans, window, scores)
