@@ -75,7 +75,7 @@ def test_a_transport_is_found_by_name_once() -> None:
 
 
 def test_a_ring_needs_a_process_group() -> None:
-    with pytest.raises(RuntimeError, match="RingComm needs a process group: call"):
+    with pytest.raises(ValueError, match="RingComm needs a process group: call"):
         RingComm(None)
 
 
