@@ -27,7 +27,7 @@ from .core import layouts
 from .core.kernels import KERNELS, Case, Kernel, choose
 from .core.mask import Mask, build, check_cu_seqlens
 from .core.plan import ALL_TO_ALL, TRANSPORTS
-from .core.scaling import NETWORKS, SPEEDS, Shape
+from .core.scaling import NETWORKS, PLANNED, SPEEDS, Shape
 
 USUAL = ("nvlink", "400g", "100g")
 """Networks of a table where nobody says."""
@@ -244,7 +244,7 @@ def _add_shape(group: argparse._ArgumentGroup) -> None:
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rank", type=_count, metavar="R", help="print this rank's plan, and draw its timeline")
-    group.add_argument("--tiles", action="store_true", help=f"show the balance of 128 x 128 tiles too, up to {rows.FEW} ranks")
+    group.add_argument("--tiles", action="store_true", help=f"show the balance of 128 x 128 tiles too, up to {PLANNED} ranks")
     group.add_argument("--json", action="store_true", help="print JSON: bytes, and seconds")
     kinds = ", ".join(pictures.SUFFIXES)
     told = f"draw up to {pictures.MOST} configurations ({kinds}; needs matplotlib)"
@@ -398,8 +398,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--rank {options.rank}: ranks of --world-size {min(options.world_size)} are 0 to {min(options.world_size) - 1}"
         )
-    if options.tiles and max(options.world_size) > rows.FEW:
-        raise ValueError(f"--tiles looks at every rank: at most {rows.FEW}, not {max(options.world_size)}")
+    if options.tiles and max(options.world_size) > PLANNED:
+        raise ValueError(f"--tiles looks at every rank: at most {PLANNED}, not {max(options.world_size)}")
     if options.panels and not options.plot:
         raise ValueError("--panels are of a picture: give --plot FILE")
     if options.plot:

@@ -31,7 +31,7 @@ from .core.call import (
 )
 from .core.device import on_device
 from .core.layout import Layout
-from .core.layouts import LAYOUTS, looks_at_documents, name_of, needs_documents
+from .core.layouts import looks_at_documents, name_of, needs_documents, shown
 from .core.mask import Mask, check_cu_seqlens
 from .core.recipe import Recipe, content, layout_of
 from .core.relayout import gather
@@ -145,12 +145,11 @@ class ContextParallel:
 
     def __repr__(self) -> str:
         r = self._recipe
-        layout = r.layout if r.layout in LAYOUTS else "a layout given"
         try:
             where = f"rank {self.rank} of {self.world_size}"
         except RuntimeError:  # torch's, of a name that no group has
             where = "a group that is not there"
-        return f"ContextParallel({where}, {layout}, transport={r.transport}, kernel={r.kernel})"
+        return f"ContextParallel({where}, {shown(r.layout)}, transport={r.transport}, kernel={r.kernel})"
 
     def _layout(self, seq_len: int, cu_seqlens: Tensor | None) -> Layout:
         if not isinstance(seq_len, Integral) or seq_len < 0:
@@ -201,6 +200,7 @@ class ContextParallel:
             >>> ContextParallel(None).shard(torch.arange(6), dim=0).tolist()  # of one rank
             [0, 1, 2, 3, 4, 5]
         """
+        check_plain(x)
         held = self._layout(_tokens(x, dim), cu_seqlens)
         self._by_documents = cu_seqlens is not None
         self._last_uneven = bool((held.counts != held.counts[0]).any())
@@ -220,6 +220,7 @@ class ContextParallel:
             seq_len: `S`, where ranks hold different numbers of tokens; ``world_size * L`` where None.
         """
         with announced(self._recipe.group, x.device):
+            check_plain(x)
             check_differentiable(x)
             self._check_documents(cu_seqlens)
             seq_len = self._total(_tokens(x, dim), cu_seqlens, seq_len)
@@ -242,7 +243,7 @@ class ContextParallel:
             return seq_len
         cu = host_table("cu_seqlens", cu_seqlens)
         if cu is not None:
-            return int(cu[-1])
+            return int(check_cu_seqlens("cu_seqlens", cu.numpy(), None)[-1])
         self._check_even(tokens, tokens in self._uneven)
         return tokens * self.world_size
 

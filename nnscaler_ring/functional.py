@@ -26,11 +26,6 @@ from .core.transport import num_ranks, resolve_group, transport_of
 from .fronts import fixed, packed
 
 
-@torch.compiler.assume_constant_result
-def _world_size(group: dist.ProcessGroup | None) -> int:
-    return num_ranks(group_name(group))
-
-
 def ring_flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -57,7 +52,8 @@ def ring_flash_attn_func(
     Args:
         q: ``[B, L, Hq, D]``; k ``[B, L, Hk, D]``; v ``[B, L, Hk, Dv]``.
         layout: where the shards lie, a name in `core.layouts.LAYOUTS`.
-        transport: ``ring``, ``grouped_ring``, ``all_gather``, ``halo``, ``all_to_all``, or ``auto`` (ring or halo).
+        transport: ``ring``, ``grouped_ring``, ``all_gather``, ``halo``, ``all_to_all``, or ``auto`` (ring,
+            grouped_ring or halo).
         kernel: ``auto``, or the name of a backend.
         seq_len: tokens of the whole sequence where ranks hold different numbers; ``P * L`` where None.
         softcap, learnable_sink, dropout_seed: see `core.call.Options`.
@@ -146,9 +142,9 @@ def ring_flash_attn_varlen_func(
     )
     check_qkv(q, k, v)
     if torch.compiler.is_compiling():  # contents are not checked where a graph is traced
-        documents = cu_seqlens * _world_size(group)
+        documents = cu_seqlens * num_ranks(recipe.group)
     else:
-        documents = torch.from_numpy(check_documents(cu_seqlens, max_seqlen, q.shape[0]) * _world_size(group))
+        documents = torch.from_numpy(check_documents(cu_seqlens, max_seqlen, q.shape[0]) * num_ranks(recipe.group))
     return attend(q, k, v, recipe, options, Rows(cu_seqlens_q=documents))
 
 
@@ -348,9 +344,23 @@ def ring_sliding_window_attn(
     cp_prev_global_rank: int | None = None,
     cp_next_global_rank: int | None = None,
     softmax_scale: float | None = None,
-    **choices: Any,
+    *,
+    num_sinks: int = 0,
+    transport: str = "auto",
+    kernel: str = "auto",
 ) -> Tensor:
-    """`ring_sliding_window_attn_varlen` for rows of one sequence each: q ``[B, L, Hq, D]``, k and v ``[B, L, Hk, D]``.
+    """Causal sliding-window attention on contiguous shards: a query sees itself and `window_size` keys before it.
+
+    Args:
+        q: ``[B, L, Hq, D]``; k ``[B, L, Hk, D]``; v ``[B, L, Hk, Dv]``.
+        window_size, cp_group, cp_size, cp_local_rank, cp_prev_global_rank, cp_next_global_rank, softmax_scale, num_sinks,
+            transport, kernel: see `ring_sliding_window_attn_varlen`.
+
+    Returns:
+        out ``[B, L, Hq, Dv]``.
+
+    Raises:
+        ValueError: an argument is not as described, or disagrees with the group.
 
     Example:
         >>> q, k, v = (torch.randn(2, 16, 4, 8) for _ in range(3))
@@ -358,6 +368,7 @@ def ring_sliding_window_attn(
         torch.Size([2, 16, 4, 8])
     """
     group = (cp_group, cp_size, cp_local_rank, cp_prev_global_rank, cp_next_global_rank)
+    choices: dict[str, Any] = {"num_sinks": num_sinks, "transport": transport, "kernel": kernel}
     return ring_sliding_window_attn_varlen(q, k, v, window_size, None, *group, softmax_scale, **choices)
 
 

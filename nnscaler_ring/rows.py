@@ -18,9 +18,6 @@ from .core.scaling import NETWORKS, SPEEDS, Report, Shape, Timeline, best_transp
 from .core.steps import Message, RankPlan, among
 from .pictures import Column, figures, tokens
 
-FEW = 64
-"""Worlds in which every rank is looked at."""
-
 
 @dataclass(frozen=True, eq=False)
 class Row:
@@ -112,11 +109,8 @@ class Row:
 
     def column(self, rank: int | None = None) -> Column:
         """What a picture shows of it; the timeline of a rank, of the slowest where None."""
-        inner = self.made.inner
         if rank is None:
-            count = self.teams.world_size
-            looked_at = range(count) if count <= FEW else (0, int(self.pairs.argmax()), count - 1)
-            rank = max((team * inner for team in looked_at), key=lambda r: sum(line.total for line in self.passes(r)))
+            rank = self.made.slowest * self.made.inner
             whose = f"rank {rank}, the slowest"
         else:
             whose = f"rank {rank}"
@@ -157,7 +151,7 @@ def table(rows: Sequence[Row], tiles: bool = False) -> str:
 
     Args:
         rows: at least one.
-        tiles: also the balance of tiles; of up to `FEW` ranks.
+        tiles: also the balance of tiles, where every rank was planned.
     """
     lines = [_cells(row, tiles) for row in rows]
     said = {name: {line[n][1] for line in lines} for n, (name, _) in enumerate(lines[0])}

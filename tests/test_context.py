@@ -178,7 +178,7 @@ def on_a_layout_of_one_s_own(rank: int, world_size: int) -> list[str]:
     dealt = Layout(np.array([[n % world_size, 3 * n, 3] for n in range(8)]), 24, world_size)
     for layout in (balanced(mask, world_size), dealt):
         cp, rows = ContextParallel(layout=layout), torch.from_numpy(layout.positions(rank))
-        assert torch.equal(cp.position_ids(24), rows) and "a layout given" in repr(cp)
+        assert torch.equal(cp.position_ids(24), rows) and "the layout given" in repr(cp)
         call = lambda q, k, v, cp=cp: cp.attention(q, k, v, mask, seq_len=24)  # noqa: E731
         faults += told(layout, check_call(call, truth, rows))
         x = torch.arange(24.0)

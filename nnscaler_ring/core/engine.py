@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .agree import asked, check_alike
 from .heads import deal, teams
 from .held import exact_dtype
-from .layouts import looks_at_documents
+from .layouts import looks_at_documents, shown
 from .passes import Extras, Job, backward, forward, inner_of, job_of
 from .recipe import Recipe, content, layout_of
 from .transport import Transport, transport_of
@@ -127,7 +127,7 @@ def _check_rows(job: Job, q: Tensor, k: Tensor) -> None:
     if (q.shape[1], k.shape[1]) != wanted:
         raise ValueError(
             f"rank {rank} of {world} passed {q.shape[1]} query and {k.shape[1]} key tokens in q {tuple(q.shape)} and k "
-            f"{tuple(k.shape)}, which are [B, L, H, D]; layout {job.recipe.layout!r} of "
+            f"{tuple(k.shape)}, which are [B, L, H, D]; {shown(job.recipe.layout)} of "
             f"{whole[0]} and {whole[1]} tokens gives it {wanted[0]} and {wanted[1]}: pass the shard that the layout gives, and the "
             "whole length where ranks hold different numbers"
         )

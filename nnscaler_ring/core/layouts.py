@@ -76,6 +76,16 @@ def name_of(layout: str | Layout) -> str:
     return _TABLE + base64.b64encode(table.astype(np.int64).tobytes()).decode()
 
 
+def shown(name: str) -> str:
+    """The layout called `name` in words, for messages.
+
+    Example:
+        >>> shown("zigzag"), shown(name_of(zigzag(8, 2)))
+        ("layout 'zigzag'", 'the layout given')
+    """
+    return "the layout given" if name.startswith(_TABLE) else f"layout {name!r}"
+
+
 def needs_documents(name: str) -> bool:
     """The layout called `name` cannot be without the boundaries of documents."""
     return name.endswith("-per-document")

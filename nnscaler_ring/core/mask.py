@@ -196,8 +196,9 @@ def build(
     """
     k_len = q_len if k_len is None else k_len
     left, right = check_window(window)
-    if not all(isinstance(count, Integral) and count >= 0 for count in (sinks, prefix)):
-        raise ValueError(f"sinks={sinks} and prefix={prefix} must be numbers of tokens >= 0")
+    for name, count in (("sinks", sinks), ("prefix", prefix)):
+        if not (isinstance(count, Integral) and count >= 0):
+            raise ValueError(f"{name}={count!r}: give a number of tokens >= 0")
     cu_q = check_cu_seqlens("cu_seqlens_q", [0, q_len] if cu_seqlens_q is None else cu_seqlens_q, q_len)
     if cu_seqlens_k is None:
         cu_seqlens_k = [0, k_len] if cu_seqlens_q is None else cu_seqlens_q

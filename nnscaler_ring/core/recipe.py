@@ -24,7 +24,8 @@ class Recipe:
     """Everything about a call that is not a tensor or a length, as one string key.
 
     Attributes:
-        group: name of the process group, or ``local:N`` for N ranks inside this process.
+        group: who shares the sequence: a process group's name, two joined by `transport.GRID` for a grid, or ranks that are in
+            this process, ``local:N`` and ``pretend:N:R``; see `transport.transport_of`.
         layout: a name in `layouts.LAYOUTS`, or a string of `layouts.name_of`: where the rows that are passed lie.
         transport, kernel: names, or ``auto``.
         causal, window, sinks, prefix: see `mask.build`.

@@ -16,6 +16,7 @@ from torch import Tensor, library
 from .agree import asked, check_alike
 from .device import on_device
 from .layout import PACKINGS, Layout
+from .layouts import shown
 from .recipe import content, layout_of
 from .transport import Exchange, Transport, Walk, rank_in, transport_of
 
@@ -103,7 +104,7 @@ def _held(transport: Transport, tensors: Sequence[Tensor], cu: bytes | None, tot
         facts |= {"whether their tokens are as many as the layout gives": wrong is None}
         check_alike(transport, "what moves tokens between layouts", facts, tensors[0].device)
     if wrong is not None:
-        raise ValueError(f"rank {rank} passed {wrong} tokens; layout {names[0]!r} of {total} tokens gives it {held.counts[rank]}")
+        raise ValueError(f"rank {rank} passed {wrong} tokens; {shown(names[0])} of {total} tokens gives it {held.counts[rank]}")
     return held
 
 

@@ -7,7 +7,7 @@ launch each; what is merged and added up takes the memory's bandwidth. Peers are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -70,6 +70,9 @@ SPEEDS: Mapping[str, Speed] = MappingProxyType(
 
 NEAR = 8
 """Ranks that are taken to be on one node."""
+
+PLANNED = 64
+"""Ranks, or teams of them, that `report` plans every one of."""
 
 FEW = 16
 """Slices of a mask for which `row_transport` compares plans."""
@@ -228,7 +231,8 @@ class Report:
         sent: bytes sent.
         sent_backward: bytes of the backward pass: keys and values again, and gradients.
         calls, merges: of the busiest rank looked at, forward.
-        forward, backward: seconds of the slowest rank looked at.
+        forward, backward: seconds of the slowest rank looked at, in each pass.
+        slowest: the team looked at (the rank, where ranks share no heads) that both passes together take longest.
         efficiency: of both passes: a rank's share of the visible pairs at the kernel's speed, without launches or half-empty
             tiles, over the slowest rank's time.
     """
@@ -246,11 +250,12 @@ class Report:
     merges: int
     forward: float
     backward: float
+    slowest: int
     efficiency: float
 
 
 def report(
-    mask: Mask, held: Layout, transport: str, shape: Shape, speed: Speed, network: Network, *, inner: int = 1, most: int = 64
+    mask: Mask, held: Layout, transport: str, shape: Shape, speed: Speed, network: Network, *, inner: int = 1, most: int = PLANNED
 ) -> Report:
     """Count and model a configuration.
 
@@ -283,16 +288,19 @@ def report(
         forward, back = (row_transport(mask, (outer, outer), busiest, (speed, network), backward) for backward in (False, True))
         ways = forward, back
     pairs, needed = rank_pairs(mask, outer), rows_needed(mask, outer, outer)
-    looked_at: Iterable[int] = range(outer.world_size)
+    looked_at = list(range(outer.world_size))
     if outer.world_size > most:
-        looked_at = {0, outer.world_size // 2, outer.world_size - 1, int(pairs.argmax()), int(needed.argmax())}
+        looked_at = sorted({0, outer.world_size // 2, outer.world_size - 1, int(pairs.argmax()), int(needed.argmax())})
     planned = [[plan(mask, outer, outer, way, rank) for rank in looked_at] for way in ways]
     plans = planned[0]
     before, after = head_bytes(shape, shares, held)
-    lines = [
-        max(timeline(p, busiest, speed, network, bool(n), (int(before[n].max()), int(after[n].max()))).total for p in planned[n])
-        for n in range(2)
-    ]
+    seconds = np.array(
+        [
+            [timeline(p, busiest, speed, network, bool(n), (int(before[n].max()), int(after[n].max()))).total for p in planned[n]]
+            for n in range(2)
+        ]
+    )
+    lines = seconds.max(axis=1).tolist()
     rows = rows_sent(mask, outer, outer, ways[0]) * sum(s.k[1] - s.k[0] for s in shares) // shape.heads_k
     worked = [tiles(p) for p in plans]
     spread = busiest.heads * inner / shape.heads
@@ -311,6 +319,7 @@ def report(
         merges=max(p.num_merges for p in plans),
         forward=lines[0],
         backward=lines[1],
+        slowest=looked_at[int(seconds.sum(axis=0).argmax())],
         efficiency=float(alone) / sum(lines) if pairs.sum() else 1.0,
     )
 

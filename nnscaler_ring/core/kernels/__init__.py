@@ -74,7 +74,7 @@ def choose(name: str, case: Case) -> Kernel:
     asked = case.features - {"d_lse"}
     able = [other for other, kernels in KERNELS.items() if other != name and any(asked <= k.features for k in kernels)]
     hint = f". What is asked for besides, {', '.join(able)} have" if asked and name != "auto" else ""
-    raise NotImplementedError(f"no kernel {name!r} for {case}. " + "; ".join(lacking) + hint)
+    raise NotImplementedError(f"no kernel {name!r} for {case}: " + "; ".join(dict.fromkeys(lacking)) + hint)
 
 
 def in_order(case: Case) -> Iterator[Kernel]:

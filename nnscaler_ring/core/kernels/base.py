@@ -117,6 +117,12 @@ class Case:
     deterministic: bool = False
     features: frozenset[str] = frozenset()
 
+    def __str__(self) -> str:
+        named = str(self.dtype).removeprefix("torch.")
+        sizes = f"{self.heads}/{self.heads_k} heads of {self.head_dim}, values of {self.head_dim_v}"
+        more = [*["deterministic"] * self.deterministic, *sorted(self.features - {"d_lse"})]
+        return ", ".join([f"{named} on {self.device}", sizes, *more])
+
 
 class Kernel(ABC):
     """A backend: attention over spans that share a window, forward with its log-sum-exp, backward from the global one."""
