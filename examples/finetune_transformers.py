@@ -55,8 +55,9 @@ def train(options: argparse.Namespace, device: torch.device, world_size: int) ->
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # the name since 5, and before
     if options.fsdp and world_size > 1:
         mesh = init_device_mesh(device.type, (world_size,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
+        for module in model.modules():
+            if type(module).__name__ in model._no_split_modules:  # its layers
+                fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
     elif world_size > 1:
         model = DistributedDataParallel(model)

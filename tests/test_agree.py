@@ -78,6 +78,25 @@ def refuse(rank: int, world_size: int) -> dict[str, str]:
     return said
 
 
+def refuse_anything(rank: int, world_size: int) -> list[str]:
+    """What rank 1 passes to ContextParallel, wrong in many ways."""
+    cp, said = ContextParallel(), list[str]()
+    empty = torch.zeros(0, dtype=torch.int32)
+    for wrong in ({"banana": 1}, {"cu_seqlens": empty}, {"softmax_scale": "a"}, {"softcap": "x"}, {"alibi_slopes": [1.0] * 4}):
+        given = wrong if rank else {}
+        with mock.patch.dict("os.environ", {VARIABLE: "1"}), pytest.raises((ValueError, TypeError)) as told:
+            cp.attention(*qkv(), **given)
+        said.append(str(told.value))
+    return said
+
+
+def test_whatever_one_rank_refuses_is_told_to_the_others(ranks: Any) -> None:
+    waiting, refusing = ranks(2).run(refuse_anything)
+    assert set(waiting) == {"rank 1 refused the arguments of this call: the error there says why"}
+    for message, word in zip(refusing, ("banana", "cu_seqlens", "softmax_scale", "softcap", "alibi_slopes"), strict=True):
+        assert word in message
+
+
 def refuse_boundaries(rank: int, world_size: int) -> list[str]:
     """Of ContextParallel, whose layout looks at them before it attends."""
     cp, said = ContextParallel(layout="balanced"), list[str]()

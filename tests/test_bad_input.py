@@ -182,6 +182,11 @@ def options() -> Iterator[Bad]:
     )
     yield Bad(names=having("bias"), change={"bias": torch.zeros(8, 8)}, words=["bias", "(8, 8)"])
     yield Bad(names=having("learnable_sink"), change={"learnable_sink": torch.ones(4, device="meta")}, words=["meta", "one device"])
+    yield Bad(names=TAIL, change={"alibi_slopes": [1.0] * 4}, words=["alibi_slopes", "tensor", "list"])
+    for value in ("a", torch.ones(3), float("nan"), float("inf")):
+        yield Bad(names=having("softmax_scale"), change={"softmax_scale": value}, words=[f"softmax_scale={value!r}", "finite"])
+    yield Bad(names=TAIL, change={"dropout_p": "a"}, words=["dropout_p='a'", "[0, 1)"])
+    yield Bad(names=having("softcap"), change={"softcap": "a"}, words=["softcap='a'"])
     for value in (-1.0, float("nan"), float("inf")):
         yield Bad(names=having("softcap"), change={"softcap": value}, words=[f"softcap={value}"])
     for window in ((-2, 0), (0, -2), (1.5, 0), (3,), (1, 2, 3), 5):
@@ -195,14 +200,11 @@ def options() -> Iterator[Bad]:
     for argument, known in choices.items():
         told_all = [name for name in having(argument) if not (argument == "layout" and name in OPS)]
         yield Bad(names=told_all, change={argument: "magic"}, words=["'magic'", *known])
-    windowed = having("cp_size")  # their transport and kernel stand in the keyword arguments
-    yield Bad(names=windowed, change={"transport": "magic"}, words=["'magic'", "ring", "halo"])
-    yield Bad(names=windowed, change={"kernel": "magic"}, words=["'magic'", "reference"])
     natural = [name for name in having("layout") if name in OPS]
     yield Bad(names=natural, change={"layout": "magic"}, words=["'magic'", "'contiguous'"])
     yield Bad(names=["wrap_ring_attn_func"], change={"layout": "zigzag"}, words=["'zigzag'", "'contiguous'"])
     for key in ("cp_size", "cp_local_rank", "cp_prev_global_rank", "cp_next_global_rank"):
-        yield Bad(names=windowed, change={key: 7}, words=[f"{key}=7", "cp_group"])
+        yield Bad(names=having("cp_size"), change={key: 7}, words=[f"{key}=7", "cp_group"])
     yield Bad(names=having("seq_len"), change={"seq_len": 5}, words=["5 tokens"])
     yield Bad(names=having("seq_len"), change={"seq_len": 0}, words=["0"])
     yield Bad(names=having("seq_len"), change={"seq_len": -8}, words=["-8"])

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import nnscaler_ring
 from nnscaler_ring import ContextParallel, substitute_hf_flash_attn, update_ring_flash_attn_params, use_ring_attn
 from nnscaler_ring.core import layouts
+from nnscaler_ring.core.agree import VARIABLE
 from nnscaler_ring.integrations import families, substitute
 from nnscaler_ring.integrations.transformers import Attention, next_token_loss, refuse_masks, register, registered
 from tests.test_options import Watch
@@ -253,6 +254,12 @@ def from_positions(rank: int, world_size: int) -> None:
         logits = model(**mine, use_cache=False).logits
     assert exchanged.call_count == 1, "layers share what was found"
     close("logits", cp.unshard(logits, 1), want)
+    told = torch.tensor([0, 9, 20, 24], dtype=torch.int32)
+    close("logits of what is told twice", model(**mine, cu_seq_lens_q=told, use_cache=False).logits, logits)
+    halves = {name: x.chunk(2, 1)[rank] for name, x in row.items() if name in mine}  # of another layout
+    for cu, given, message in ((told, halves, "neither go on by 1"), (told[[0, 3]], mine, r"begin anew at \[9, 20\]")):
+        with pytest.raises(ValueError, match=message):
+            model(**given, cu_seq_lens_q=cu, use_cache=False)
     for layout in ("zigzag", "contiguous", "stripe"):  # without positions a model counts each rank's tokens from 0
         attention = Attention(ContextParallel(dist.group.WORLD, layout=layout), "untold")
         attention.apply(model)
@@ -262,6 +269,31 @@ def from_positions(rank: int, world_size: int) -> None:
 
 def test_documents_from_positions(ranks: Any) -> None:
     ranks(2).run(from_positions)
+
+
+def other_rows(rank: int, world_size: int) -> list[str]:
+    """What ranks are told with the check where they cut other batches, or one cannot cut its own."""
+    attention = Attention(ContextParallel(dist.group.WORLD, layout="zigzag"), "others")
+    row, said = packed_row((24,)), []
+    own, none = row["input_ids"] + rank, row["input_ids"][:, : 24 * rank]
+    others = {"input_ids": own}, {"input_ids": none}, {**row, "labels": own}, {"inputs_embeds": own[..., None].bfloat16()}
+    for batch in (row, *others):
+        with mock.patch.dict("os.environ", {VARIABLE: "1"}):
+            try:
+                attention.shard_batch(batch)
+                said.append("")
+            except ValueError as why:
+                said.append(str(why))
+    return said
+
+
+def test_batches_that_differ_are_told_by_the_check(ranks: Any) -> None:
+    first, second = ranks(2).run(other_rows)
+    assert first[0] == second[0] == ""
+    named = ("", "input_ids", "", "labels", "inputs_embeds")
+    for name, *messages in zip(named[1:], first[1:], second[1:], strict=True):
+        assert not name or all(f"differ in {name} of the batch" in message for message in messages), messages
+    assert "gives the ranks [0, 0]" in first[2] and "rank 0 refused the arguments" in second[2]
 
 
 def whole_rows(rank: int, world_size: int) -> None:
@@ -381,6 +413,7 @@ def test_models_that_would_be_wrong_are_refused() -> None:
     settings: list[tuple[str, dict[str, Any]]] = [
         ("conv", {"layer_types": ["conv", "full_attention"]}),
         ("output_router_logits", {"output_router_logits": True}),
+        ("attention weights", {"output_attentions": True}),
         ("encoders with decoders", {"is_encoder_decoder": True}),
         ("RoPE of", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
         ("RoPE of", {"rope_scaling": {"type": "longrope"}}),
@@ -478,6 +511,11 @@ def test_what_layers_ask_in_vain() -> None:
         attention(layer, q[:, :, -1:], q, q, None)
     with pytest.raises(NotImplementedError, match="output_attentions"):
         attention(layer, q, q, q, None, output_attentions=True)
+    with pytest.raises(NotImplementedError, match="the routers' loss"):
+        attention(layer, q, q, q, None, output_router_logits=True)
+    with pytest.raises(ValueError, match=r"begin anew at \[3\]"):
+        positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+        attention(layer, q, q, q, None, position_ids=positions, cu_seq_lens_q=torch.tensor([0, 6], dtype=torch.int32))
     with pytest.raises(NotImplementedError, match="without a causal mask"):
         attention(layer, q, q, q, None, is_causal=False, sliding_window=3)
     with pytest.raises(NotImplementedError, match="position_ids of shape"):

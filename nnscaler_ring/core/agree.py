@@ -42,7 +42,7 @@ def check_alike(transport: Transport, call: str, facts: Mapping[str, object], de
         call: what a rank is about to do, for people.
         facts: what it says of that, by names; in one order on all ranks. Compared by their `repr`. None of a rank whose own
             arguments are refused.
-        device: where messages of these ranks live.
+        device: where messages of these ranks live, or would if the group had a backend for it.
     """
     if not isinstance(transport, ProcessTransport):
         return
@@ -51,7 +51,8 @@ def check_alike(transport: Transport, call: str, facts: Mapping[str, object], de
     numbers = [int.from_bytes(each, "little", signed=True) for each in digests]
     assert len(numbers) <= FACTS
     own = [dist.get_rank(), *numbers, *[0] * (FACTS - len(numbers))]
-    said = torch.tensor([own], device=device)
+    kinds = [each.type for each in transport.groups[0]._device_types]
+    said = torch.tensor([own], device=device if device.type in kinds else kinds[0])
     for group in transport.groups:  # of a grid first the ranks of one place, then with all that they have heard those of a team
         heard = [torch.empty_like(said) for _ in range(group.size())]
         dist.all_gather(heard, said, group=group)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ Group = dist.ProcessGroup | Sequence[int] | None
 
 Result = Tensor | tuple[Tensor, Tensor, None]
 """out, or ``(out, softmax_lse, None)`` where the probabilities' log-sum-exp is asked for, as flash-attn returns it."""
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (Real, torch.SymInt, torch.SymFloat)) or (isinstance(x, Tensor) and x.numel() == 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +78,13 @@ class Options:
     far: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dropout_p is None or not 0.0 <= self.dropout_p < 1.0:
-            raise ValueError(f"dropout_p={self.dropout_p}: a probability in [0, 1) is allowed")
-        if self.softcap is None or not 0.0 <= self.softcap < float("inf"):
-            raise ValueError(f"softcap={self.softcap}: give a positive number, or 0 for none")
+        scale = self.softmax_scale
+        if scale is not None and not (_is_number(scale) and float("-inf") < scale < float("inf")):
+            raise ValueError(f"softmax_scale={scale!r}: give a finite number")
+        if not (_is_number(self.dropout_p) and 0.0 <= self.dropout_p < 1.0):
+            raise ValueError(f"dropout_p={self.dropout_p!r}: a probability in [0, 1) is allowed")
+        if not (_is_number(self.softcap) and 0.0 <= self.softcap < float("inf")):
+            raise ValueError(f"softcap={self.softcap!r}: give a positive number, or 0 for none")
         seed = self.dropout_seed
         if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 1 << 63):
             raise ValueError(f"dropout_seed={seed}: give an integer in [0, 2**63)")
@@ -204,7 +211,7 @@ def _in_graph(
     q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, rows: Rows
 ) -> tuple[str, tuple[int, int], tuple[Tensor | None, ...]]:
     """What `check` returns, where ``torch.compile`` traces: of shapes, not of what tables contain; lengths may be symbols."""
-    check_plain(q, k, v)
+    check_plain(q, k, v, rows.cu_seqlens_q, rows.cu_seqlens_k, options.alibi_slopes, options.learnable_sink, options.bias)
     check_qkv(q, k, v)
     if rows.slices is not None:
         raise NotImplementedError("a Mask of slices under torch.compile: pass a mask by its name")
@@ -216,7 +223,7 @@ def _in_graph(
                 "tokens each and leave seq_len out, take another layout, or call it outside the graph"
             )
         total_q, total_k = traced(total_q), traced(total_k)
-    _check_extras(q, options, total_k)
+    check_extras(q, options, total_k)
     own = (recipe.group, recipe.layout, recipe.transport, recipe.kernel, recipe.heads_stride, recipe.batch0, recipe.head0)
     left, right = options.window_size
     seen = (options.causal, left, right, options.sinks, options.prefix, options.deterministic, options.return_attn_probs)
@@ -324,7 +331,7 @@ def announced(group: str, device: torch.device) -> Iterator[None]:
     """What is refused here is told to the ranks of the group that may not find it, and wait for this rank's word, if asked for."""
     try:
         yield
-    except (ValueError, NotImplementedError):
+    except Exception:
         if asked():
             with suppress(ValueError):
                 check_alike(transport_of(group), "", {}, device)
@@ -334,7 +341,7 @@ def announced(group: str, device: torch.device) -> Iterator[None]:
 def _checked(
     q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, rows: Rows
 ) -> tuple[Recipe, tuple[int, int], tuple[Tensor | None, ...]]:
-    check_plain(q, k, v)
+    check_plain(q, k, v, rows.cu_seqlens_q, rows.cu_seqlens_k, options.alibi_slopes, options.learnable_sink, options.bias)
     check_qkv(q, k, v)
     check_differentiable(q, k, v)
     check_names(recipe)
@@ -360,7 +367,7 @@ def _checked(
     cu_q, cu_k = host_table("cu_seqlens_q", rows.cu_seqlens_q), host_table("cu_seqlens_k", rows.cu_seqlens_k)
     slices = None if rows.slices is None else _slices(rows.slices, *total, recipe.parts)
     mask_of(recipe, *total, content(cu_q), content(cu_k), content(slices))
-    _check_extras(q, options, total[1])
+    check_extras(q, options, total[1])
     _check_kernel(q, k, v, recipe, options)
     return recipe, total, (cu_q, cu_k, slices)
 
@@ -372,7 +379,7 @@ def _check_kernel(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Opti
     kernel_for(recipe, q, k, v, there)
 
 
-def _check_extras(q: Tensor, options: Options, total_k: int) -> None:
+def check_extras(q: Tensor, options: Options, total_k: int) -> None:
     """ValueError unless the tensors besides q, k and v fit them."""
     heads, batch = q.shape[-2], q.shape[0] if q.dim() == 4 else 1
     rows = q.shape[q.dim() - 3]
@@ -385,6 +392,8 @@ def _check_extras(q: Tensor, options: Options, total_k: int) -> None:
         x = getattr(options, name)
         if x is None:
             continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if tuple(x.shape) not in shapes or not x.is_floating_point():
             raise ValueError(
                 f"{name} is {x.dtype} of shape {tuple(x.shape)}; give floats {' or '.join(map(str, dict.fromkeys(shapes)))}"
@@ -398,10 +407,12 @@ def _check_extras(q: Tensor, options: Options, total_k: int) -> None:
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_plain(*tensors: Tensor) -> None:
+def check_plain(*tensors: Tensor | None) -> None:
     """ValueError for DTensors."""
     if any(isinstance(x, DTensor) for x in tensors):
-        raise ValueError("DTensors: call a wrap_* op, which reads their placements, or pass x.to_local() of each")
+        raise ValueError(
+            "DTensors: call a wrap_* op with q, k and v that are DTensors, whose placements it reads, or pass x.to_local() of each"
+        )
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -449,6 +460,7 @@ def host_table(name: str, cu_seqlens: Tensor | None) -> Tensor | None:
         return None
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"{name} must be an int32 tensor, got {type(cu_seqlens).__name__}")
+    check_plain(cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1:
         raise ValueError(f"{name} must be a 1-D int32 tensor, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}")
     return on_host(cu_seqlens)

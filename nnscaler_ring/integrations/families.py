@@ -61,6 +61,8 @@ def check_family(config: Any) -> None:
         raise NotImplementedError(f"models of {family!r} have not been compared with one device; {_OPEN}")
 
 
+_WEIGHTS = "output_attentions: attention weights are never in memory here; take 'eager' to look at them"
+_ROUTERS = "output_router_logits: the routers' loss is of all tokens together; switch it off"
 _OPEN = "where only attention looks at other tokens, pass any_model=True, and compare"
 
 
@@ -68,8 +70,10 @@ def check_config(config: Any, world_size: int) -> None:
     """NotImplementedError for settings by which a model looks at other tokens outside of its attention."""
     if others := set(getattr(config, "layer_types", None) or ()) - ATTENTION:
         raise NotImplementedError(f"layer_types {sorted(others)}: {' and '.join(sorted(ATTENTION))} are done here")
+    if getattr(config, "output_attentions", False):
+        raise NotImplementedError(_WEIGHTS)
     if getattr(config, "output_router_logits", False):
-        raise NotImplementedError("output_router_logits: the routers' loss is of all tokens together; switch it off")
+        raise NotImplementedError(_ROUTERS)
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError("encoders with decoders: their tokens are cut apart")
     if world_size > 1 and (kinds := _rope_types(config) & {"dynamic", "longrope"}):
@@ -85,7 +89,9 @@ def _rope_types(config: Any) -> set[str]:
 def check_layer(module: nn.Module, kwargs: Mapping[str, Any], causal: bool, sliding_window: int | None) -> None:
     """ValueError or NotImplementedError for what a layer asks and this attention does not do."""
     if kwargs.get("output_attentions"):
-        raise NotImplementedError("output_attentions: attention weights are never in memory here; take 'eager' to look at them")
+        raise NotImplementedError(_WEIGHTS)
+    if kwargs.get("output_router_logits"):
+        raise NotImplementedError(_ROUTERS)
     if asked := [name for name in SCORED if kwargs.get(name) is not None]:
         raise NotImplementedError(f"{type(module).__name__} asks for {', '.join(asked)}, which is not done here")
     if getattr(module, "attn_temperature_tuning", False):

@@ -11,21 +11,27 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..annotations import nnscaler
 from ..context import ContextParallel
-from ..core.call import host_table
+from ..core.agree import asked, check_alike
+from ..core.call import announced, host_table
 from ..core.layouts import looks_at_documents
 from ..core.mask import check_cu_seqlens
+from ..core.transport import transport_of
 from . import families
 
 IGNORED = -100
 """The label of a token without a loss."""
+
+_HOST = torch.device("cpu")
 
 REMEMBERED = 16
 """Tensors that told of documents and are remembered, two a batch of `shard_batch`."""
@@ -242,12 +248,13 @@ class Attention:
         return told
 
     def _read(self, position_ids: Tensor, tokens: int, cu_seqlens: Tensor | None) -> Tensor:
-        """Boundaries of the documents: those given, or from the positions of all ranks' tokens, which are exchanged in any case."""
+        """Boundaries of the documents: from the positions of all ranks' tokens, or those given, which must fit the positions."""
         if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
             raise NotImplementedError(f"position_ids of shape {tuple(position_ids.shape)} for {tokens} tokens. {_TOLD}")
         cp = self.target
         if not isinstance(cp, ContextParallel) or cp.world_size == 1:
-            return torch.from_numpy(_starts(position_ids.cpu().numpy())) if cu_seqlens is None else cu_seqlens
+            whole = position_ids.full_tensor() if isinstance(position_ids, DTensor) else position_ids
+            return torch.from_numpy(_boundaries(cu_seqlens, whole.cpu(), whole.shape[1]))
         documents = None if cu_seqlens is None else self._told(cu_seqlens)
         length = None if cu_seqlens is None else int(cu_seqlens[-1])
         if length is None and tokens in cp._uneven:
@@ -255,12 +262,13 @@ class Attention:
                 f"ranks have had different numbers of tokens, so {tokens} here may be of several lengths: pass cu_seq_lens_q, "
                 f"[0, S] for one sequence. {_TOLD}"
             )
-        row = cp.unshard(position_ids.contiguous(), 1, cu_seqlens=documents, seq_len=length).cpu().numpy()
+        whole = cp.unshard(position_ids.contiguous(), 1, cu_seqlens=documents, seq_len=length).cpu()
+        row = whole.numpy()
         held = [cp._layout(row.shape[1], documents).positions(rank) for rank in range(cp.world_size)]
         begins = set() if cu_seqlens is None else set(cu_seqlens.tolist())
         if all((row[0][at] == np.arange(len(at))).all() for at in held) and not {int(at[0]) for at in held} <= begins:
             raise ValueError(_UNTOLD.format(tokens - 1))
-        return torch.from_numpy(_starts(row)) if cu_seqlens is None else cu_seqlens
+        return torch.from_numpy(_boundaries(cu_seqlens, whole, row.shape[1]))
 
     def shard_batch(
         self, batch: Mapping[str, Any], cu_seqlens: Tensor | None = None, device: torch.device | str | None = None
@@ -289,21 +297,26 @@ class Attention:
         if not isinstance(cp, ContextParallel):
             raise ValueError(f"{self!r} takes whole batches: pass it a ContextParallel to cut them")
         self._check_name()
-        whole = _checked({name: x for name, x in batch.items() if x is not None})
-        tokens = whole[next(name for name in TOKENS if name in whole)]
-        length = tokens.shape[1]
-        if cu_seqlens is not None and "cu_seq_lens_q" in whole:
-            raise ValueError("cu_seq_lens_q in the batch and cu_seqlens: give one")
-        if "cu_seq_lens_k" in whole and not _alike(whole["cu_seq_lens_k"], whole.get("cu_seq_lens_q", cu_seqlens)):
-            raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: tokens see their own documents; give one")
-        mask, positions = whole.get("attention_mask"), whole.get("position_ids")
-        cu = _boundaries(whole.get("cu_seq_lens_q", cu_seqlens), positions, length)
-        table = torch.from_numpy(cu)
-        documents = self._told(table)
-        counts = cp._layout(length, documents).counts
-        if not counts.all():
-            raise ValueError(f"a row of {length} tokens gives the ranks {counts.tolist()}: models take one or more each")
-        following = None if "labels" not in whole else _next_labels(whole["labels"], cu, mask)
+        with announced(cp._recipe.group, _HOST):
+            whole = _checked({name: x for name, x in batch.items() if x is not None})
+            tokens = whole[next(name for name in TOKENS if name in whole)]
+            length = tokens.shape[1]
+            if cu_seqlens is not None and "cu_seq_lens_q" in whole:
+                raise ValueError("cu_seq_lens_q in the batch and cu_seqlens: give one")
+            if "cu_seq_lens_k" in whole and not _alike(whole["cu_seq_lens_k"], whole.get("cu_seq_lens_q", cu_seqlens)):
+                raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: tokens see their own documents; give one")
+            mask, positions = whole.get("attention_mask"), whole.get("position_ids")
+            cu = _boundaries(whole.get("cu_seq_lens_q", cu_seqlens), positions, length)
+            table = torch.from_numpy(cu)
+            documents = self._told(table)
+            counts = cp._layout(length, documents).counts
+            if not counts.all():
+                raise ValueError(f"a row of {length} tokens gives the ranks {counts.tolist()}: models take one or more each")
+            following = None if "labels" not in whole else _next_labels(whole["labels"], cu, mask)
+        if asked():
+            facts = {f"{name} of the batch": _content(whole.get(name)) for name in (*TOKENS, *ROWS)}
+            facts |= {"the boundaries of the documents": cu.tolist(), "num_items_in_batch": whole.get("num_items_in_batch")}
+            check_alike(transport_of(cp._recipe.group), "what cuts a batch", facts, _HOST)
         self._padded |= mask is not None and not bool(mask.all())
         out = {name: x for name, x in whole.items() if name not in PARTS}
         out |= {name: cp.shard(whole[name], 1, cu_seqlens=documents).to(device) for name in TOKENS if name in whole}
@@ -367,6 +380,14 @@ def _checked(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
+def _content(x: Tensor | None) -> str | None:
+    """The same for tensors of one shape, dtype and content."""
+    if x is None:
+        return None
+    data = x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return f"{tuple(x.shape)} {x.dtype} {sha256(data).hexdigest()[:16]}"
+
+
 def _alike(one: Tensor, other: Tensor | None) -> bool:
     return other is not None and one.tolist() == other.tolist()
 
@@ -403,10 +424,11 @@ def _identity(x: Tensor) -> tuple[Any, ...]:
 
 
 _TOLD = "Pass what shard_batch gives, positions of ContextParallel.position_ids, or cu_seq_lens_q, the documents' boundaries"
-_UNTOLD = f"position_ids are 0 .. {{}} on every rank, as a model counts where none are given. {_TOLD}"
+_GENERATE = "for generate() take another implementation, model.set_attn_implementation('sdpa')"
+_UNTOLD = f"position_ids are 0 .. {{}} on every rank, as a model counts where none are given. {_TOLD}; {_GENERATE}"
 _NO_MASK = (
     "an attention_mask: whole rows and packed documents need none here; leave it out (shard_batch checks and drops it), pass "
-    "position_ids that begin anew in each document for packed rows; and call Attention.apply(model)"
+    f"position_ids that begin anew in each document for packed rows; and call Attention.apply(model); {_GENERATE}"
 )
 
 
