@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .annotations import dtensor, nnscaler
+from .annotations.nnscaler import constant
 from .annotations.spec import SPECS, OpSpec
 from .core.call import (
     Group,
@@ -30,6 +31,7 @@ from .core.call import (
     Result,
     Rows,
     check,
+    check_extras,
     check_names,
     check_qkv,
     grid_name,
@@ -147,6 +149,7 @@ class _Call:
             raise ValueError(
                 f"{self.spec.name}: dropout on DTensors needs dropout_seed, the same on every rank that has the same rows"
             )
+        check_extras(q, options_of(self.settings, **self.extras), k.shape[k.dim() - 3])  # whole, before they are cut
         return dtensor.run(self.spec, q, k, v, self.extras, on_shards)
 
     def _transport(self, group: str) -> str:
@@ -263,11 +266,11 @@ def _run(op: str, tensors: Sequence[Tensor | None], process_group: Group, shared
 
     nnscaler traces through the fronts: what is computed from a container with a tensor goes into its graph.
     """
-    given = {**dict(zip(_SHARED, shared, strict=True)), **own}
+    given: dict[str, Any] = {}
+    for name, value in (*zip(_SHARED, shared, strict=True), *own.items()):
+        given[name] = constant(name, value)
     scale, far = given["softmax_scale"], given.get("far")
     Options(softmax_scale=scale, dropout_p=given["dropout_p"], softcap=given["softcap"], far=far)
-    if SPECS[op].layout == "zigzag" and not given["causal"]:
-        raise ValueError(f"{op}: causal=False, but zigzag shards balance a causal mask; pass causal=True or take a ring function")
     given = {**given, "softmax_scale": None if scale is None else float(scale), "window_size": check_window(given["window_size"])}
     plain = {name: given[name] for name in _NAMES if name in given}
     if torch.compiler.is_compiling():  # numbers that a graph takes as arguments, as a seed of each call's own, fit in no string
@@ -355,6 +358,7 @@ wrap_zigzag_attn_func = fixed(
     _dense_attn,
     "wrap_zigzag_attn_func",
     "Causal attention with equal work on every rank: inside, rank `r` holds chunks `r` and ``2P-1-r`` of ``2P``.",
+    causal_only=True,
     op="wrap_zigzag_attn_func",
 )
 wrap_stripe_attn_func = fixed(

@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from .annotations import nnscaler
+from .annotations.nnscaler import constant
 from .annotations.spec import SPECS
 from .core.call import Group, Options, Rows, check_qkv, group_name, out_and_lse
 from .core.kernels.transformer_engine import PACKAGE as transformer_engine
 from .core.recipe import Recipe
 from .core.relayout import relayout
+from .core.transport import num_ranks
 from .ops import (
     Settings,
     dense_attention,
@@ -132,17 +134,12 @@ def shuffled_rows(rows: Tensor, cu_seqlens: Tensor, back: bool = False, process_
     if process_group is None and ring_size == 1:
         return rows.clone()
     name = nnscaler.pretended(ring_size) if process_group is None else group_name(process_group)
-    ring_size = ring_size if process_group is None else _size(process_group)
-    return _moved(rows, cu_seqlens, ring_size, name, back)
+    return _moved(rows, cu_seqlens, name, back)
 
 
-def _size(group: Group) -> int:
-    return len(group) if isinstance(group, Sequence) else dist.get_world_size(group)
-
-
-def _moved(rows: Tensor, cu_seqlens: Tensor, world_size: int, group: str, back: bool) -> Tensor:
+def _moved(rows: Tensor, cu_seqlens: Tensor, group: str, back: bool) -> Tensor:
     orders = (_PER_DOCUMENT, "contiguous") if back else ("contiguous", _PER_DOCUMENT)
-    return relayout([rows.unsqueeze(0)], cu_seqlens, world_size * rows.shape[0], *orders, group)[0].squeeze(0)
+    return relayout([rows.unsqueeze(0)], cu_seqlens, num_ranks(group) * rows.shape[0], *orders, group)[0].squeeze(0)
 
 
 def shuffle_varlen(
@@ -175,7 +172,7 @@ def _shuffle(t: Tensor, cu: Tensor, ranks: Sequence[int] | None, group: dist.Pro
     if ranks is not None and group is not None and list(ranks) != dist.get_process_group_ranks(group):
         raise ValueError(f"cp_ranks={list(ranks)}, but cp_group has the ranks {dist.get_process_group_ranks(group)}: give one")
     name = group_name(group if group is not None or ranks is None else tuple(ranks))
-    return t.clone() if name == "local:1" else _moved(t, cu, _size(group if ranks is None else tuple(ranks)), name, back)
+    return t.clone() if name == "local:1" else _moved(t, cu, name, back)
 
 
 def wrap_zigzag_allgather_attn_varlen_func(
@@ -227,7 +224,7 @@ def wrap_zigzag_allgather_attn_varlen_func(
         raise NotImplementedError("return_attn_probs and use_cute must be False: take return_lse, and a kernel by its name")
     Options(dropout_p=dropout_p, window_size=window_size)
     settings = Settings(
-        softmax_scale=softmax_scale,
+        softmax_scale=constant("softmax_scale", softmax_scale),
         dropout_p=dropout_p,
         causal=causal,
         window_size=window_size,
@@ -314,7 +311,7 @@ def _returns_lse(settings: str) -> bool:
 OPS = (
     nnscaler.attention_op(dense_attention, SPECS["wrap_ring_attn_func"], _returns_lse),
     nnscaler.attention_op(packed_attention, SPECS["wrap_ring_attn_varlen_func"], _returns_lse),
-    nnscaler.attention_op(zigzag_attention, _ZIGZAG, _returns_lse),
+    nnscaler.attention_op(zigzag_attention, _ZIGZAG, _returns_lse, ordered=True),
     nnscaler.rows_op(shuffled_rows),
     nnscaler.loss_op(summed_loss),
 )

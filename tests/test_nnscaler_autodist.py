@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,6 +28,13 @@ HEADS, VOCAB = 3, 16  # no number of heads that two devices could share
 def test_constraints_name_the_ops_and_their_dims(tmp_path: Path) -> None:
     text = write_partition_constraints(tmp_path / "cuts.yaml", ["sequence", "heads"], "Layer").read_text()
     assert text.count('  parent_module: "Layer"\n  replica_allowed: false\n') == 3
+    shuffle = '- allowed_partition_dims: ["0,0"]\n  name: nnscaler_ring.plugin.shuffled_rows\n  parent_module: ""\n'
+    assert text.endswith(shuffle + "  replica_allowed: true\n")
+    alone = write_partition_constraints(tmp_path / "cuts.yaml").read_text()
+    assert alone.endswith(shuffle + "  replica_allowed: false\n"), "rows are put in the order that the attention reads"
+    of_rows = write_partition_constraints(tmp_path / "cuts.yaml", ["batch"]).read_text()  # which packed rows do not have
+    packed = "- allowed_partition_dims: []\n  name: nnscaler_ring.ops.packed_attention\n"
+    assert packed + '  parent_module: ""\n  replica_allowed: true\n' in of_rows
     assert '- allowed_partition_dims: ["0,1", "0,2"]\n  name: nnscaler_ring.ops.dense_attention\n' in text
     assert '- allowed_partition_dims: ["0,0", "0,1"]\n  name: nnscaler_ring.ops.packed_attention\n' in text
 
@@ -35,6 +43,16 @@ def test_constraints_name_the_ops_and_their_dims(tmp_path: Path) -> None:
 def test_constraints_of_unknown_dims_or_modules_are_refused(tmp_path: Path, allowed: list[str], parent: str) -> None:
     with pytest.raises(ValueError, match=r"choose from batch, sequence, heads|name of a class"):
         write_partition_constraints(tmp_path / "cuts.yaml", allowed, parent)
+
+
+def test_stages_that_are_not_are_refused() -> None:
+    for options, message in (
+        ({"stages": "layers.1"}, "give a list of modules"),
+        ({"stages": ["layers.1", "layers.2"], "pipeline_nmicros": 2}, "at most 1 start a stage"),
+        ({"stages": ["layers.1"]}, "without pipeline_nmicros"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pas_sequence(None, SimpleNamespace(plan_ngpus=2, pas_config=options))
 
 
 class Model(nn.Module):
@@ -134,6 +152,7 @@ class TestAutodist:
 TRACE = """
 import resource, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from tests.test_nnscaler_autodist import generated, pas_sequence
 start = time.process_time()
 codes = generated(Path(sys.argv[1]), pas_sequence, 8, 65536)

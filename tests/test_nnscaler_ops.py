@@ -260,8 +260,8 @@ def cuts_of(model: type[Dense]) -> list[tuple[int, int]]:
     return [(idx, dim) for idx, dim in cuts if not (model is DenseMqa and idx > 0 and dim == 2)]
 
 
-def cut_the_op(idx: int, dim: int, spaces: list[set[tuple[int, int]]]) -> Any:
-    """A policy that cuts the registered ops at one place and replicates all else; notes what the ops allow."""
+def cut_the_op(idx: int, dim: int, spaces: list[set[tuple[int, int]]], but: str = "") -> Any:
+    """A policy that cuts the registered ops (`but` one) at one place and replicates all else; notes what the ops allow."""
 
     def policy(graph: Any, config: Any) -> Any:
         from nnscaler.ir.operator import IRFwOperation
@@ -271,7 +271,7 @@ def cut_the_op(idx: int, dim: int, spaces: list[set[tuple[int, int]]]) -> Any:
         for node in graph.select(ntype=IRFwOperation):
             if node.name == "multiref":
                 continue
-            if node.signature.startswith("nnscaler_ring."):
+            if node.signature.startswith("nnscaler_ring.") and node.name != but:
                 spaces.append(set(node.transform_space()))
                 pieces = graph.partition(node, node.algorithm("dim"), idx=idx, dim=dim, num=2)
             else:
@@ -344,16 +344,26 @@ class OfNoKernel(Dense):
         return nnscaler_ring.wrap_ring_attn_func(q, k, v, kernel="no such kernel")
 
 
+class OfAShape(Dense):
+    def op(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        return nnscaler_ring.wrap_sliding_window_attn_func(q, k, v, q.shape[1] // 4)
+
+
+class OfATensor(Dense):
+    def op(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        return nnscaler_ring.wrap_ring_attn_func(q, k, v, q.flatten()[0])
+
+
 def refuse(rank: int, world_size: int, directory: Path) -> list[str]:
     """What is said of models while code is generated for them."""
     said = []
     with nnscaler_runtime("cpu"):
         import nnscaler
 
-        for model in (OfAGroup, OfNoKernel):
+        for model in (OfAGroup, OfNoKernel, OfAShape, OfATensor, Shuffled):
             inputs = {"x": torch.zeros(B, S, 8, dtype=torch.float64), "cu": torch.tensor(TABLE, dtype=torch.int32)}
             config = nnscaler.ComputeConfig(2, 2, trace_strategy="cpu")
-            policy = cut_the_op(0, 1, [])
+            policy = cut_the_op(0, 0 if model.packed else 1, [], but="shuffled_rows")
             try:
                 nnscaler.parallelize(model, inputs, policy, config, gen_savedir=directory, load_module=False)
             except Exception:
@@ -365,9 +375,12 @@ class TestCuts:
     pytestmark = needs_nnscaler
 
     def test_what_a_compiler_would_drop_or_find_late_is_refused(self, tmp_path: Path) -> None:
-        group, kernel = run_ranks(refuse, 1, tmp_path)[0]
+        group, kernel, shape, tensor, order = run_ranks(refuse, 1, tmp_path)[0]
         assert "process_group=(0,) in a model that is cut: leave it out" in group
         assert "unknown kernel 'no such kernel'" in kernel
+        assert "window_size is computed from shapes or tensors" in shape
+        assert "softmax_scale is computed from shapes or tensors" in tensor
+        assert "cut in other numbers of parts" in order
 
     @pytest.mark.parametrize("model", MODELS)
     def test_two_ranks_have_the_numbers_of_one(self, cuts: list[dict[str, Any]], model: type[Dense]) -> None:

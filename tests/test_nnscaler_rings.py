@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nnscaler_ring.annotations import rings
-from nnscaler_ring.annotations.rings import Collective, IndexMap, Piece, check_collectives, derive_rings, scaled_groups
+from nnscaler_ring.annotations.rings import Collective, IndexMap, Piece, check_collectives, check_order, derive_rings, scaled_groups
 from nnscaler_ring.annotations.runtime import nnscaler_runtime
 
 # B batch, L sequence, H heads: the first three dims of a made-up output tensor of 4 x 12 x 4 x 8.
@@ -152,8 +152,16 @@ def gathered(*ranges: tuple[int, tuple[int, int]]) -> Collective:
 
 def test_collectives_over_chunks_in_the_order_of_their_ranks() -> None:
     check_collectives([gathered((1, (4, 8)), (0, (0, 4))), gathered((0, (0, 8)), (3, (0, 8)))])
-    with pytest.raises(ValueError, match=r"tensor k .* devices \(0, 2, 1, 3\).*sequence outer, heads inner"):
+    with pytest.raises(ValueError, match=r"tensor k .* devices \(0, 2, 1, 3\).*sequence outer and heads inner"):
         check_collectives([gathered((0, (0, 2)), (2, (2, 4)), (1, (4, 6)), (3, (6, 8)))])
+
+
+def test_orders_of_rows_that_differ() -> None:
+    check_order({})
+    check_order({"shuffle": [(0, 1), (2, 3)], "attend": [(0, 2), (1, 3)]})
+    for rings_of in ({"shuffle": [(0, 1, 2, 3)], "attend": [(0, 1), (2, 3)]}, {"attend": [(0, 1), (2,)]}):
+        with pytest.raises(ValueError, match=r"other numbers of parts.*attend"):
+            check_order(rings_of)
 
 
 # ------------------------------------------------------------------------------------------ nnscaler
@@ -264,8 +272,8 @@ class TestNnscalerGraph:
         ("steps", "devices", "message"),
         [
             (((L, 4),), [3, 2, 1, 0], "do not ascend"),
-            (((H, 2), (L, 2)), None, "sequence outer, heads inner"),
-            (((H, 2), (B, 2)), None, "make that cut the inner one"),
+            (((H, 2), (L, 2)), None, "sequence outer and heads inner"),
+            (((H, 2), (B, 2)), None, "the inner one must be of the dimension"),
         ],
     )
     def test_refuses_what_nnscaler_would_compute_wrongly(

@@ -19,7 +19,12 @@ import nnscaler_ring
 from nnscaler_ring.annotations.policies import cut, pas_sequence
 from nnscaler_ring.annotations.runtime import nnscaler_runtime
 from nnscaler_ring.core import layouts
-from nnscaler_ring.plugin import summed_cross_entropy
+from nnscaler_ring.plugin import (
+    summed_cross_entropy,
+    wrap_maybe_shuffle,
+    wrap_maybe_unshuffle,
+    wrap_zigzag_allgather_attn_varlen_func,
+)
 from tests.distributed import run_ranks
 from tests.test_nnscaler_runtime import needs_nnscaler, under_torchrun
 
@@ -51,6 +56,8 @@ class Layer(nn.Module):
         self.norm1, self.norm2 = Norm(), Norm()
         self.q, self.k, self.v = (nn.Linear(DIM, heads * head, bias=False) for heads in (HEADS, heads_k, heads_k))
         self.o = nn.Linear(DIM, DIM, bias=False)
+        if attention == "sinks":
+            self.sink = nn.Parameter(torch.randn(HEADS))
         self.gate, self.up, self.down = nn.Linear(DIM, 24), nn.Linear(DIM, 24), nn.Linear(24, DIM)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -63,6 +70,8 @@ class Layer(nn.Module):
             y = nnscaler_ring.wrap_sliding_window_attn_func(q, k, v, 3)
         elif self.attention == "zigzag in order":
             y = nnscaler_ring.wrap_zigzag_attn_func(q, k, v, layout="zigzag")
+        elif self.attention == "sinks":
+            y = nnscaler_ring.wrap_ring_attn_func(q, k, v, 0.7 / math.sqrt(q.size(-1)), learnable_sink=self.sink)
         elif self.attention == "zigzag":
             y = nnscaler_ring.wrap_zigzag_attn_func(q, k, v)
         else:
@@ -76,6 +85,10 @@ class Llama(nn.Module):
     """Two layers; a summed loss over the tokens."""
 
     attention, heads_k = "ring", HEADS_K
+
+    @staticmethod
+    def inputs(seed: int) -> dict[str, Tensor]:
+        return batch(seed)
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,6 +114,12 @@ class Window(Llama):
     attention = "window"
 
 
+class Sinks(Llama):
+    """A parameter that attention reads itself, and a scale that is computed from a shape."""
+
+    attention = "sinks"
+
+
 class Zigzag(Llama):
     attention = "zigzag"
 
@@ -119,12 +138,35 @@ def batch(seed: int) -> dict[str, Tensor]:
     return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "positions": positions}
 
 
+class Packed(Llama):
+    """A row of documents, put in zigzag order once at the model's start and back at its end."""
+
+    @staticmethod
+    def inputs(seed: int) -> dict[str, Tensor]:
+        row = {name: x.flatten() for name, x in batch(seed).items()}
+        return {"tokens": row["tokens"], "labels": row["labels"], "cu_seqlens": torch.tensor([0, 10, 32], dtype=torch.int32)}
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCAB, DIM), nn.Linear(DIM, VOCAB)
+        self.q, self.k, self.v = (nn.ModuleList([nn.Linear(DIM, DIM, bias=False) for _ in range(2)]) for _ in "qkv")
+
+    def forward(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor) -> Tensor:  # type: ignore[override]
+        x = wrap_maybe_shuffle(self.embed(tokens), cu_seqlens)
+        for layers in zip(self.q, self.k, self.v, strict=True):
+            q, k, v = (layer(x).view(-1, HEADS, DIM // HEADS) for layer in layers)
+            y = wrap_zigzag_allgather_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, causal=True)
+            x = x + y.reshape(-1, DIM)
+        return summed_cross_entropy(self.head(wrap_maybe_unshuffle(x, cu_seqlens)), labels) / (BATCH * SEQ)
+
+
 @dataclass(frozen=True)
 class Run:
     """One model, one way to cut it."""
 
     model: type[Llama] = Llama
-    parts: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, int] = field(default_factory=dict, hash=False)
     plan: int = 2
     use_zero: int = 0
     recompute: bool = False
@@ -159,7 +201,7 @@ def trained(run: Run, directory: Path) -> dict[str, Any]:
     policy = cut(**run.parts) if run.parts else pas_sequence
     # A name of its own: the first module of a name on sys.path wins.
     where = {"gen_savedir": str(directory), "instance_name": run.name}
-    inputs = [batch(0), batch(1)] if run.stages else [batch(0)]
+    inputs = [run.model.inputs(seed) for seed in range(2 if run.stages else 1)]
     if run.model is Ordered:
         held = layouts.build("zigzag", SEQ, run.plan)
         order = torch.cat([torch.from_numpy(held.positions(r)) for r in range(run.plan)])
@@ -226,6 +268,8 @@ ON_TWO = [
     Run(Ordered),
     Run(Window),
     Run(Mqa),
+    Run(Sinks),
+    Run(Packed),
     Run(recompute=True),
     Run(use_zero=1, plan=1),
     Run(parts={"heads": 2}),
@@ -241,11 +285,20 @@ ON_FOUR = [
     Run(plan=4, parts={"batch": 2, "sequence": 2}, recompute=True),
     Run(plan=4, parts={"sequence": 2}),
     Run(Mqa, plan=4, parts={"sequence": 2, "heads": 2}),
+    Run(Sinks, plan=4, parts={"sequence": 2}),
+    Run(Sinks, plan=4, parts={"batch": 2}),
+    Run(Sinks, plan=4, parts={"heads": 2, "sequence": 2}),
+    Run(Packed, plan=4),
+    Run(Packed, plan=4, parts={"sequence": 2}),
+    Run(Packed, plan=4, parts={"sequence": 2, "heads": 2}),
     Run(Zigzag, plan=2, use_zero=1),
     Run(plan=4, stages=("layers.1",)),
 ]
-REFUSED = Run(Mqa, plan=4, parts={"heads": 2, "sequence": 2})
-"""nnscaler would permute the gradients of the key head."""
+REFUSED = {
+    Run(Mqa, plan=4, parts={"heads": 2, "sequence": 2}): "sequence outer and heads inner",
+    Run(Sinks, plan=4, parts={"sequence": 2, "heads": 2}): "heads outer and sequence inner",
+}
+"""nnscaler would permute the gradients of the key head, or of the sink."""
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +308,7 @@ def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(all_trained, 4, [*ON_FOUR, REFUSED], tmp_path_factory.mktemp("four"), timeout=600)
+    return run_ranks(all_trained, 4, [*ON_FOUR, *REFUSED], tmp_path_factory.mktemp("four"), timeout=600)
 
 
 def check(run: Run, ranks: list[dict[str, Any]]) -> None:
@@ -279,9 +332,10 @@ class TestTraining:
     def test_on_four_ranks(self, on_four: list[dict[str, Any]], run: Run) -> None:
         check(run, on_four)
 
-    def test_what_nnscaler_would_get_wrong_is_refused(self, on_four: list[dict[str, Any]]) -> None:
-        assert "sequence outer, heads inner" in on_four[0][REFUSED.name]["error"]  # the rank that generates the code
-        assert all("error" in each[REFUSED.name] for each in on_four)
+    @pytest.mark.parametrize("run", REFUSED, ids=lambda run: run.name)
+    def test_what_nnscaler_would_get_wrong_is_refused(self, on_four: list[dict[str, Any]], run: Run) -> None:
+        assert REFUSED[run] in on_four[0][run.name]["error"]  # the rank that generates the code
+        assert all("error" in each[run.name] for each in on_four)
 
     @pytest.mark.parametrize("run", [Run(), Run(Zigzag)], ids=lambda run: run.name)
     def test_the_loss_is_all_that_travels_outside_the_ops(self, on_two: list[dict[str, Any]], run: Run) -> None:

@@ -38,6 +38,24 @@ def tracing() -> bool:
     return patcher is not None and patcher.OperatorPatcherContext.ctx_tracer is not None
 
 
+def constant(name: str, value: Any) -> Any:
+    """A plain argument as code may look at it: a `softmax_scale` that a model computes from shapes is a proxy while it is traced.
+
+    Raises:
+        ValueError: another argument that is one: the code that nnscaler writes would keep what it is for this length.
+    """
+    if not tracing():
+        return value
+    proxies, original = (sys.modules[f"nnscaler.graph.tracer.{module}"] for module in ("concrete_proxy", "orig_func"))
+    parts = value if original.isinstance(value, original.tuple) else (value,)
+    for part in parts:
+        if original.isinstance(part, proxies.ConcreteProxy):
+            if name != "softmax_scale" or original.isinstance(part.value, Tensor):
+                raise ValueError(f"{name} is computed from shapes or tensors, which nnscaler traces: give a constant")
+            return float(part.value)
+    return value
+
+
 def pretended(ring_size: int) -> str:
     """The group of a piece that autodist profiles alone: the last of `ring_size` ranks, the busiest under a causal mask."""
     return "local:1" if ring_size == 1 else f"pretend:{ring_size}:{ring_size - 1}"
@@ -137,6 +155,7 @@ class Op:
         annotate: ``(inputs, kwargs) -> annotation``, where an input is an IRTensor or None.
         sequence: for an op whose pieces form rings, the dim of the sequence in each input (None: it has none).
         sequence_out: the same for each result.
+        ordered: rows come or go in the order that a ring of so many ranks gives them.
         generate: ``(inputs, ring_size, device) -> tensors`` to profile a piece with, where contents matter.
     """
 
@@ -144,6 +163,7 @@ class Op:
     annotate: Callable[[Sequence[Any], Mapping[str, Any]], str]
     sequence: tuple[int | None, ...] = ()
     sequence_out: tuple[int, ...] = ()
+    ordered: bool = False
     generate: Callable[[Sequence[Any], int, Any], Sequence[Tensor | None]] | None = None
 
     @property
@@ -152,7 +172,7 @@ class Op:
         return f"{self.function.__module__}.{self.function.__name__}"
 
 
-def attention_op(function: Callable[..., Any], spec: OpSpec, returns_lse: Callable[[str], bool]) -> Op:
+def attention_op(function: Callable[..., Any], spec: OpSpec, returns_lse: Callable[[str], bool], ordered: bool = False) -> Op:
     """A function of the tensors in `spec.inputs` and a string `settings`; `returns_lse` reads from it what is returned."""
 
     def annotate(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -172,7 +192,7 @@ def attention_op(function: Callable[..., Any], spec: OpSpec, returns_lse: Callab
 
     sequence = tuple(spec.dim(name, "sequence") for name in spec.inputs)
     outs = tuple(spec.dim(name, "sequence") or 0 for name in ("out", "lse"))
-    return Op(function=function, annotate=annotate, sequence=sequence, sequence_out=outs, generate=generate)
+    return Op(function=function, annotate=annotate, sequence=sequence, sequence_out=outs, ordered=ordered, generate=generate)
 
 
 def rows_op(function: Callable[..., Any]) -> Op:
@@ -185,7 +205,7 @@ def rows_op(function: Callable[..., Any]) -> Op:
     def annotate(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         return rows_annotation(inputs[0].shape)
 
-    return Op(function=function, annotate=annotate, sequence=(0, None), sequence_out=(0,), generate=generate)
+    return Op(function=function, annotate=annotate, sequence=(0, None), sequence_out=(0,), ordered=True, generate=generate)
 
 
 def loss_op(function: Callable[..., Any]) -> Op:
@@ -231,7 +251,8 @@ def connect(ops: Sequence[Op]) -> Callable[[], None] | None:
     except Exception as error:  # whatever it is, it is not this package's to fail of
         warnings.warn(f"nnscaler is installed, but no op was registered: {error!r}", RuntimeWarning, stacklevel=2)
         return None
-    return rings.install({op.signature: op.sequence_out[0] for op in ops if op.sequence})
+    ordered = {op.signature for op in ops if op.ordered}
+    return rings.install({op.signature: op.sequence_out[0] for op in ops if op.sequence}, ordered)
 
 
 def _register(nnscaler: Any, op: Op) -> None:

@@ -6,8 +6,8 @@ annotations of all other ops, in both directions, until nothing changes. What it
     embed [b l^d] -> norm -> wq -> view -> attention -> view -> wo -> + -> mlp -> logits -> loss
              l        l      l     l h     l h          l h    l     l     l       l        sum
 
-So no activation of a sequence-cut model is ever gathered or exchanged but inside the op. Cut heads end where a matrix product sums
-over them (tensor parallelism), cut batches run through.
+So no activation of a sequence-cut model is ever gathered or exchanged but inside the op, unless the model looks at its shape. Cut
+heads end where a matrix product sums over them (tensor parallelism), cut batches run through.
 
 Nothing here needs nnscaler until a policy runs.
 """
@@ -34,6 +34,9 @@ _ENTRIES: Mapping[str, str] = {
 }
 """nnscaler's name of an attention op -> a spec with its dims."""
 
+_ROWS = "nnscaler_ring.plugin.shuffled_rows"
+"""What puts rows in the order of a ring, which is the attention's: cut as that is, and by nothing else."""
+
 _NAMES = ("batch", "sequence", "heads")
 
 
@@ -52,13 +55,24 @@ def pas_sequence(graph: Any, config: Any) -> Any:
     Example:
         >>> # nnscaler.parallelize(Model, inputs, pas_sequence, nnscaler.ComputeConfig(plan_ngpus=8, runtime_ngpus=64))
     """
-    return cut(sequence=config.plan_ngpus // (len(config.pas_config.get("stages", ())) + 1))(graph, config)
+    return cut(sequence=config.plan_ngpus // (len(_stages(config)) + 1))(graph, config)
+
+
+def _stages(config: Any) -> Sequence[str]:
+    """Where the stages after the first start, or ValueError."""
+    starts = config.pas_config.get("stages", ())
+    if isinstance(starts, str) or len(starts) > config.plan_ngpus - 1:
+        raise ValueError(f"stages={starts!r}: give a list of modules, of which at most {config.plan_ngpus - 1} start a stage")
+    if starts and "pipeline_nmicros" not in config.pas_config:
+        raise ValueError(f"stages={starts!r} without pipeline_nmicros: say how many micro batches make a step")
+    return list(starts)
 
 
 def cut(**parts: int) -> Policy:
     """A policy that cuts a model on several dims, the one named first outermost; ``config.pas_config`` as for `pas_sequence`.
 
-    Put heads last: nnscaler permutes the gradients of a single key head under another order, which is refused.
+    Put heads last where there is one key head, and first where a parameter such as a sink is read by heads: nnscaler permutes their
+    gradients under another order, which is refused.
 
     Args:
         parts: of ``batch``, ``sequence`` and ``heads``, in how many parts each. Where their product is less than the devices of a
@@ -86,12 +100,15 @@ def _apply(graph: Any, config: Any, parts: Mapping[str, int]) -> Any:
     from nnscaler.ir.operator import IRDataOperation, IRFwOperation
 
     _recompute(graph, config)
-    stages = _staged(graph, config.pas_config.get("stages", ()))
+    stages = _staged(graph, _stages(config))
     devices, pieces = config.plan_ngpus // len(stages), math.prod(parts.values())
     if config.plan_ngpus % len(stages) or devices % pieces:
         raise ValueError(
             f"{dict(parts)} makes {pieces} pieces of each of {len(stages)} stages, which do not fit plan_ngpus={config.plan_ngpus}"
         )
+    if [*parts.values()] != [devices]:
+        for stage in stages:
+            _let_sums_be_planned(stage)
     of_stage = [[n for n in stage.select(ntype=IRFwOperation) if not isinstance(n, IRGraphAnchor)] for stage in stages]
     plans = follow([node for nodes in of_stage for node in nodes], parts)
     for stage, nodes in enumerate(of_stage):
@@ -132,6 +149,19 @@ def _staged(graph: Any, starts: Sequence[str]) -> list[Any]:
     return stages
 
 
+def _let_sums_be_planned(stage: Any) -> None:
+    """Make what attention ops read of parameters, as sinks, results of an op: nnscaler then plans how gradients are summed.
+
+    Those of a parameter itself it sums over all devices or over none, see `_spread`; an attention op is cut as it is told.
+    """
+    from nnscaler.ir.operator import IRFwOperation
+
+    for node in stage.select(ntype=IRFwOperation):
+        for x in node.inputs()[3:] if node.signature in _ENTRIES else ():
+            if _is_tensor(x) and x.is_param():
+                stage.multiref(x.parent)
+
+
 def _is_at(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
@@ -139,7 +169,7 @@ def _is_at(path: str, name: str) -> bool:
 def _place(graph: Any, node: Any, parts: Mapping[str, int], plan: Mapping[str, tuple[int, int]], devices: range) -> None:
     """Partition or replicate a node step by step, and assign the pieces to ascending devices."""
     steps = {name: num if name in plan else 1 for name, num in parts.items()}
-    if node.signature not in _ENTRIES:
+    if node.signature not in (*_ENTRIES, _ROWS):
         steps = _spread(node, steps, plan, len(devices))
     pieces = [node]
     for name in parts:
@@ -290,7 +320,9 @@ def _splits(node: Any, idx: int, dim: int, num: int) -> list[tuple[int, int | No
 
 
 def write_partition_constraints(path: str | Path, allowed: Iterable[str] = ("sequence",), parent_module: str = "") -> Path:
-    """A file for autodist's ``partition_constraints_path``: the attention ops may only be cut on the dims named.
+    """A file for autodist's ``partition_constraints_path``: the attention ops may only be cut on the dims named, and are.
+
+    An op that has none of them, as packed rows have no batch, is not cut. What puts rows in the order of a ring is cut with it.
 
     Args:
         path: the YAML file to write.
@@ -311,10 +343,14 @@ def write_partition_constraints(path: str | Path, allowed: Iterable[str] = ("seq
     entries = []
     for signature, spec in _ENTRIES.items():
         dims = [dim for name in allowed if (dim := SPECS[spec].dim("q", name)) is not None]
-        entries.append(
-            f"- allowed_partition_dims: {json.dumps([f'0,{dim}' for dim in dims])}\n"
-            f"  name: {signature}\n  parent_module: {json.dumps(parent_module)}\n  replica_allowed: false\n"
-        )
+        entries.append((signature, dims, parent_module, not dims))
+    entries.append((_ROWS, [0] if "sequence" in allowed else [], "", set(allowed) != {"sequence"}))  # it stands outside of layers
     path = Path(path)
-    path.write_text("".join(entries))
+    path.write_text(
+        "".join(
+            f"- allowed_partition_dims: {json.dumps([f'0,{dim}' for dim in dims])}\n"
+            f"  name: {signature}\n  parent_module: {json.dumps(parent)}\n  replica_allowed: {json.dumps(whole)}\n"
+            for signature, dims, parent, whole in entries
+        )
+    )
     return path

@@ -16,6 +16,7 @@ What is refused, because nnscaler (0.8 and 0.9) would run it and compute somethi
 
 - devices that do not ascend along a ring. nnscaler's collectives order chunks by rank, whatever the assignment says.
 - pieces that are replicated unevenly, do not tile the sequence or differ in length.
+- rows that are put in the order of a ring by an op that is cut in other parts than the attention that reads them.
 - collectives planned over chunks in another order than their ranks'. nnscaler plans such a one when two cuts are nested
   and the inner one splits an input which lacks the outer one's dimension. Keys and values of one head (MQA) under heads
   outer, sequence inner: the gradients of the head groups are to be summed, nnscaler scatters the sum over devices 0 and
@@ -28,7 +29,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,9 +149,27 @@ def check_collectives(collectives: Iterable[Collective]) -> None:
                 raise ValueError(
                     f"nnscaler planned {collective.name} of tensor {collective.tensor} with consecutive chunks on the devices "
                     f"{devices}, but runs it in ascending order, which permutes them. Assign pieces to ascending devices; "
-                    "where two cuts are nested and one of them is of a dimension that an input lacks (heads, for keys and "
-                    "values of one head), make that cut the inner one: sequence outer, heads inner"
+                    "where two cuts are nested, the inner one must be of the dimension that this tensor lacks: sequence outer and "
+                    "heads inner for keys and values of one head, heads outer and sequence inner for a weight of heads. Where "
+                    "tensors of both kinds are read by several ops or computed, no order is right: cut one dimension only"
                 )
+
+
+def check_order(rings: Mapping[str, Iterable[Ring]]) -> None:
+    """Refuse ops that put rows in the order of a ring, or read them in it, where their rings are not of one size.
+
+    Args:
+        rings: signature of such an op -> the rings of all its pieces.
+
+    Raises:
+        ValueError: says which op is cut in how many parts.
+    """
+    parts = {signature: sorted({len(ring) for ring in each}) for signature, each in rings.items()}
+    if len({num for each in parts.values() for num in each}) > 1:
+        raise ValueError(
+            f"the rows are put in the order of a ring, and read in it, by ops that are cut in other numbers of parts: {parts}; cut "
+            "the sequence of all of them alike"
+        )
 
 
 def scaled_groups(rings: Iterable[Ring], plan_ndevs: int, runtime_ndevs: int) -> list[Ring]:
@@ -198,12 +217,13 @@ def _nodes(graph: Any, sequence_dims: Mapping[str, int]) -> list[Any]:
     return [node for node in graph.select(ntype=IRFwOperation) if node.signature in sequence_dims]
 
 
-def install(sequence_dims: Mapping[str, int]) -> Callable[[], None]:
+def install(sequence_dims: Mapping[str, int], ordered: Collection[str] = ()) -> Callable[[], None]:
     """Derive rings whenever nnscaler generates code, and have each rank create their groups when the module is built.
 
     Args:
         sequence_dims: signature of a registered op -> sequence dim of its first output. Read anew each time, so that ops
             may be added later.
+        ordered: signatures of those for `check_order`.
 
     Returns:
         a function that takes the hook out again.
@@ -218,8 +238,12 @@ def install(sequence_dims: Mapping[str, int]) -> Callable[[], None]:
         if pieces := read_pieces(graph, sequence_dims):
             rings = derive_rings(pieces)
             check_collectives(read_collectives(graph))
+            sorting: dict[str, list[Ring]] = defaultdict(list)
             for node in _nodes(graph, sequence_dims):
-                setattr(node, _RING, rings[node.cid, node.device[0]])
+                setattr(node, _RING, ring := rings[node.cid, node.device[0]])
+                if node.signature in ordered:
+                    sorting[node.signature].append(ring)
+            check_order(sorting)
             known = {tuple(group) for group in groups}
             groups += [
                 group for group in scaled_groups(rings.values(), len(self.devices), self.runtime_ndevs) if group not in known
