@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 import nnscaler_ring
+from nnscaler_ring import ContextParallel
 from tests.test_ops import DOCUMENTS, LSE, OPS, RING, SLIDING, ULYSSES, Use, probs, use
 from tests.worlds import Seen, Shape, Whole, held, naming, no_faults, place, refusal, told, whole
 
@@ -147,17 +148,38 @@ def test_parts_of_the_world(ranks) -> None:
 
 
 def ranks_out_of_order(rank: int, world_size: int) -> list[str]:
-    """A mesh whose ranks do not ascend: torch gives the chunks out in the order of the group, and so does the ring."""
+    """A mesh whose ranks do not ascend along a ring: torch itself gives out chunks in one order and gathers them in another."""
     device, _ = place()
-    meshes = [DeviceMesh(device.type, order, mesh_dim_names=("cp",)) for order in ([0, 2, 1], [2, 1])]
-    faults = []
-    for mesh in meshes[: 2 if rank else 1]:
-        faults += check_dtensors(use(RING), mesh, "S") + check_dtensors(use(ZIGZAG), mesh, "S")
+    truth, faults = whole(Shape(), Seen()), []
+    for order, placed in (([0, 2, 1, 3], [SEQ]), ([3, 1, 2, 0], [SEQ]), ([[3, 1], [2, 0]], [R, SEQ]), ([[3, 1], [2, 0]], [SEQ, R])):
+        mesh = DeviceMesh(device.type, order)
+        shards = [distribute_tensor(x, mesh, placed) for x in (truth.q, truth.k, truth.v)]
+        for name in (RING, ZIGZAG):
+            call = lambda name=name, shards=shards: getattr(nnscaler_ring, name)(*shards)  # noqa: E731
+            faults += told((order, placed, name), refusal(call, ValueError, ["ascending"]))
+    crossed = DeviceMesh(device.type, [[0, 2], [1, 3]], mesh_dim_names=("a", "b"))
+    for cut in ("RS", "SB", "HS"):
+        faults += check_dtensors(use(ZIGZAG), crossed, cut)
     return faults
 
 
 def test_ranks_out_of_order(ranks) -> None:
-    no_faults(ranks(3).run(ranks_out_of_order))
+    no_faults(ranks(4).run(ranks_out_of_order))
+
+
+def outside_of_the_mesh(rank: int, world_size: int) -> list[str]:
+    device, _ = place()
+    mesh, truth = DeviceMesh(device.type, [1, 2]), whole(Shape(), Seen())
+    faults = check_dtensors(use(ZIGZAG), mesh, "S") if rank in (1, 2) else []
+    for where in (SEQ, R) if rank in (0, 3) else ():
+        shards = [distribute_tensor(x, mesh, [where]) for x in (truth.q, truth.k, truth.v)]
+        call = lambda shards=shards: nnscaler_ring.wrap_zigzag_attn_func(*shards)  # noqa: E731
+        faults += told(where, refusal(call, ValueError, ["not in", "call on its ranks only"]))
+    return faults
+
+
+def test_ranks_outside_of_the_mesh_are_told(ranks) -> None:
+    no_faults(ranks(4).run(outside_of_the_mesh))
 
 
 def shorter_queries(rank: int, world_size: int) -> list[str]:
@@ -228,6 +250,13 @@ def distributed(x: Tensor, mesh: DeviceMesh, where: Sequence[Placement]) -> DTen
 
 BATCH, SEQ, HEADS, DIM, R = Shard(0), Shard(1), Shard(2), Shard(3), Replicate()
 ALL_HEADS = Shape(heads=4, heads_k=4)
+PACKED, ALL_PACKED = Shape(packed=True), Shape(heads=4, heads_k=4, packed=True)
+
+
+def biased(*shape: int) -> dict[str, Tensor]:
+    return {**dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor(DOCUMENTS)), "bias": torch.ones(shape)}
+
+
 REFUSED = [
     Refused(q=[R], k=[SEQ]),
     Refused(q=[SEQ], k=[R]),
@@ -247,8 +276,17 @@ REFUSED = [
     Refused(q=[SEQ, SEQ], mesh=(2, 2), name=ULYSSES, shape=Shape(seq=22), words=["22 query", "2 x 2", "pad"]),
     Refused(q=[SEQ], name=ULYSSES, call={"transport": "ring"}, words=["'ring'", "two mesh axes"]),
     Refused(q=[SEQ, SEQ], mesh=(2, 2), name=ULYSSES, call={"transport": "all_to_all"}, words=["all_to_all", "grid"]),
-    Refused(q=[HEADS], shape=Shape(heads=6, heads_k=6), words=["6 query and 6 key heads", "mesh axis 0 of 4"]),
-    Refused(q=[HEADS], k=[HEADS], shape=Shape(heads=8, heads_k=2), words=["8 query and 2 key heads", "mesh axis 0 of 4"]),
+    Refused(q=[HEADS], shape=Shape(heads=6, heads_k=6), words=["6 heads of q", "4 ranks", "axes [0]"]),
+    Refused(q=[HEADS], k=[HEADS], shape=Shape(heads=8, heads_k=2), words=["2 heads of k", "4 ranks", "axes [0]"]),
+    Refused(q=[HEADS, HEADS], mesh=(2, 2), shape=Shape(heads=24, heads_k=6), words=["6 heads of k", "4 ranks", "axes [0, 1]"]),
+    Refused(q=[HEADS, HEADS], mesh=(2, 2), shape=Shape(heads=6, heads_k=2), words=["6 heads of q", "4 ranks"]),
+    Refused(q=[HEADS], shape=Shape(heads=4, heads_k=1), words=["1 heads of k", "4 ranks"]),
+    Refused(q=[HEADS], shape=ALL_HEADS, call={"learnable_sink": torch.ones(1)}, words=["learnable_sink", "(1,)", "(4,)"]),
+    Refused(q=[HEADS], shape=ALL_HEADS, call={"alibi_slopes": torch.ones(7)}, words=["alibi_slopes", "(7,)", "(4,)"]),
+    Refused(q=[SEQ], call={"alibi_slopes": torch.tensor(1.0)}, words=["alibi_slopes", "()"]),
+    Refused(q=[SEQ], call={"learnable_sink": [1.0]}, words=["learnable_sink", "list"]),
+    Refused(q=[Shard(0)], name=VARLEN, shape=PACKED, call=biased(4, 23, 24), words=["(4, 23, 24)", "(4, 24, 24)"]),
+    Refused(q=[Shard(1)], name=VARLEN, shape=ALL_PACKED, call=biased(2, 24, 24), words=["bias", "(2, 24, 24)"]),
     Refused(q=[SEQ], call={"process_group": [0, 1, 2, 3]}, words=["process_group", "mesh"]),
     Refused(q=[SEQ], call={"seq_len": 23}, words=["seq_len"]),
     Refused(q=[SEQ], call={"layout": "zigzag"}, words=["'zigzag'", "'contiguous'"]),
@@ -275,6 +313,14 @@ def refused(rank: int, world_size: int) -> list[str]:
     other = [distribute_tensor(x, meshes[2, 2], [SEQ, R]) for x in (truth.k, truth.v)]
     faults += told("meshes", refusal(lambda: nnscaler_ring.wrap_ring_attn_func(q, *other), ValueError, ["different meshes"]))
     table = distribute_tensor(torch.tensor([0, 4, 8, 24]), flat, [Shard(0)])
+    elsewhere = distribute_tensor(torch.ones(4, dtype=truth.q.dtype), meshes[2, 2], [R, R])
+    one_mesh = refusal(lambda: nnscaler_ring.wrap_ring_attn_func(q, k, v, learnable_sink=elsewhere), ValueError, ["one mesh"])
+    faults += told("a sink on another mesh", one_mesh)
+    shards, tables = [x.to_local() for x in (q, k, v)], distribute_tensor(torch.tensor([0, 4, 24]), flat, [R])
+    for among in ({"learnable_sink": elsewhere}, {"alibi_slopes": elsewhere}, {"cu_seqlens": tables}):
+        call = lambda among=among: nnscaler_ring.wrap_ring_attn_func(*shards, process_group=dist.group.WORLD, **among)  # noqa: E731
+        faults += told(("a DTensor among plain tensors", *among), refusal(call, ValueError, ["DTensors", "to_local"]))
+    faults += told("shard", refusal(lambda: ContextParallel(flat).shard(q, 1), ValueError, ["DTensors"]))
     cut_table = refusal(lambda: nnscaler_ring.wrap_ring_attn_func(q, k, v, cu_seqlens=table), ValueError, ["Replicate"])
     dist.barrier()  # everybody is still in step
     return faults + told("a table that is cut", cut_table) + check_dtensors(use(ZIGZAG), flat, "S")

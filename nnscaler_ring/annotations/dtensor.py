@@ -63,13 +63,18 @@ def axis_group(mesh: DeviceMesh, axis: int) -> dist.ProcessGroup:
     Raises:
         ValueError: its ranks are in another order than the mesh lists them.
     """
-    group = mesh.get_group(axis)
-    if group.rank() != mesh.get_local_rank(axis):
+    if not _ascends(mesh, axis):
         raise ValueError(
             f"mesh axis {axis} lists ranks in an order that is not ascending ({mesh}): its group would hold the chunks of the "
             "sequence in another order; build the mesh with ascending ranks along the axis that cuts the sequence"
         )
-    return group
+    return mesh.get_group(axis)
+
+
+@torch.compiler.assume_constant_result
+def _ascends(mesh: DeviceMesh, axis: int) -> bool:
+    """Whether all that lies along an axis ascends, on whatever rank; torch sorts the ranks of a group."""
+    return bool((mesh.mesh.diff(dim=axis) > 0).all())
 
 
 def _shard(dim: int | None) -> Placement:
@@ -88,13 +93,15 @@ def resolve(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> Cut:
     """How the DTensors q, k and v are cut, or ValueError that lists what is allowed.
 
     Raises:
-        ValueError: plain tensors among DTensors, different meshes, placements that the spec does not allow, the sequence cut by
-            more axes than it allows or unevenly by two, or heads that do not divide by their axis.
+        ValueError: plain tensors among DTensors, different meshes or one that this rank is not in, placements that the spec does
+            not allow, the sequence cut by more axes than it allows or unevenly by two, or heads that do not divide by their ranks.
     """
     check_all(spec, q, k, v)
     assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
     if not q.device_mesh == k.device_mesh == v.device_mesh:
         raise ValueError(f"{spec.name}: q, k and v are on different meshes: {q.device_mesh}, {k.device_mesh}, {v.device_mesh}")
+    if q.device_mesh.get_coordinate() is None:
+        raise ValueError(f"{spec.name}: this process is not in {q.device_mesh}: call on its ranks only")
     single = k.shape[spec.dim("k", "heads") or 0] == 1
     axes = zip(q.placements, k.placements, v.placements, strict=True)
     cut = Cut(q.device_mesh, tuple(_name(spec, axis, placements, single) for axis, placements in enumerate(axes)))
@@ -110,13 +117,15 @@ def resolve(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> Cut:
             f"{spec.name}: {lengths[0]} query and {lengths[1]} key tokens over two mesh axes of {rings[0]} x {rings[1]} ranks: "
             "lengths must divide by their product; pad the sequence, or cut it by one axis"
         )
-    for axis, name in enumerate(cut.dims):
-        if name == "heads":
-            size, heads = cut.mesh.size(axis), (q.shape[spec.dim("q", "heads") or 0], k.shape[spec.dim("k", "heads") or 0])
-            if heads[0] % size or (heads[1] % size and not single):
-                raise ValueError(
-                    f"{spec.name}: {heads[0]} query and {heads[1]} key heads do not divide by mesh axis {axis} of {size}"
-                )
+    for name, x in (("q", q), ("k", k)):
+        heads, parts = x.shape[spec.dim(name, "heads") or 0], 1
+        shared = [n for n, cuts in enumerate(cut.dims) if cuts == "heads" and not x.placements[n].is_replicate()]
+        for axis in shared:
+            parts *= cut.mesh.size(axis)
+        if heads % parts:
+            raise ValueError(
+                f"{spec.name}: the {heads} heads of {name} do not divide by the {parts} ranks that share them, of mesh axes {shared}"
+            )
     return cut
 
 
@@ -163,21 +172,24 @@ def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tens
         row, head = (offsets[dim] if (dim := spec.dim("q", name)) is not None else 0 for name in ("batch", "heads"))
         return row, head
 
-    mine = {name: None if x is None else _extra(spec, cut, name, x) for name, x in extras.items()}
+    mine = {name: None if x is None else _extra(spec, cut, name, x, q) for name, x in extras.items()}
     out, lse = op(Here(locals_, mine, cut.rings, total, first))
     shape = torch.Size((*q.shape[:-1], v.shape[-1]))
     return _wrap(out, cut, spec, "out", shape), _wrap(lse, cut, spec, "lse", _lse_shape(spec, q))
 
 
-def _extra(spec: OpSpec, cut: Cut, name: str, x: Tensor) -> Tensor:
-    """The local part of a tensor besides q, k and v, cut with the dims that it shares with q."""
+def _extra(spec: OpSpec, cut: Cut, name: str, x: Tensor, q: Tensor) -> Tensor:
+    """The local part of a tensor besides q, k and v, cut with the dims that it shares with q; of one that fits the whole q."""
     dims, size = spec.inputs[name][-x.dim() :], len(cut.dims)
+    if isinstance(x, DTensor) and x.device_mesh != cut.mesh:
+        raise ValueError(f"{spec.name}: {name} is on {x.device_mesh}, q, k and v on {cut.mesh}: give one mesh")
     whole = x if isinstance(x, DTensor) else DTensor.from_local(x, cut.mesh, [Replicate()] * size, run_check=False)
     places: list[Placement] = []
     grads: list[Placement] = []
     for axis in cut.dims:
         dim = dims.index(axis) if axis in dims else None
-        here = Replicate() if dim is None or x.shape[dim] == 1 else Shard(dim)
+        stands_for_all = dim is not None and x.shape[dim] == 1 != q.shape[spec.dim("q", dims[dim]) or 0]
+        here = Replicate() if dim is None or stands_for_all else Shard(dim)
         places.append(here)
         grads.append(Partial() if axis is not None and here.is_replicate() else here)
     return whole.redistribute(cut.mesh, places).to_local(grad_placements=grads)
