@@ -138,6 +138,7 @@ def plan_dict(walk: RankPlan) -> dict[str, Any]:
             "rows": step.size,
             "send": moves(step.send),
             "receive": moves(step.receive),
+            "own": step.own.tolist(),
             "calls": [{"window": list(calls.window), "spans": calls.spans.tolist()} for calls in step.calls],
         }
         for step in walk.steps

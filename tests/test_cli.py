@@ -177,6 +177,10 @@ def test_rank(run):
     assert (walk["rank"], walk["num_calls"], walk["pairs"]) == (1, whole.num_calls, whole.pairs)
     assert [step["rows"] for step in walk["steps"]] == [step.size for step in whole.steps]
     assert walk["steps"][1]["receive"] == [{"peer": m.peer, "rows": m.rows.tolist()} for m in whole.steps[1].receive]
+    gathers = words.replace("ring", "all_gather")
+    (step,) = run(f"{gathers} --json")["rows"][0]["plan"]["steps"][1:]
+    assert step["own"] == [[0, 8, 8, 16], [8, 16, 48, 56]] and {m["peer"] for m in step["receive"]} == {0, 2, 3}
+    assert "step 1: 16 own rows, 8 rows from rank 0" in run(gathers) and "from rank 1" not in run(gathers)
     grid = run(f"{words.replace('--rank 1', '--rank 3')} --inner 2")
     assert "rank 3 of 4" in grid and "from rank 1" in grid and "zigzag, ring, 4 ranks in teams of 2" in grid
 

@@ -115,8 +115,12 @@ class World:
             for m in p.steps[t].receive:
                 rows = rows_of(m.rows)
                 assert (buffer[rows] == -1).all(), "a row arrives once"
+                assert m.peer != p.rank, "a message goes to another rank"
                 buffer[rows] = mail.pop((m.peer, p.rank))
                 assert m.size == len(rows)
+            for lo, hi, start, end in p.steps[t].own.tolist():
+                assert (buffer[start:end] == -1).all(), "a row arrives once"
+                buffer[start:end] = self.k.positions(p.rank)[lo:hi]
             assert (buffer >= 0).all(), "every row arrives"
             assert len(np.unique(buffer)) == len(buffer)
             buffers.append(buffer)
@@ -132,6 +136,9 @@ class World:
             left = np.zeros(len(grads[p.rank]), dtype=int)
             for m in (*p.steps[t].home_send, *(p.steps[t + 1].send if 0 < t < len(p.steps) - 1 else ())):
                 left[rows_of(m.rows)] += 1
+            for lo, hi, start, end in p.steps[t].own.tolist():
+                left[start:end] += 1
+                homes[p.rank][lo:hi] += grads[p.rank][start:end]
             assert (left == 1).all(), "each row's gradient leaves once"
             if 0 < t < len(p.steps) - 1:
                 onward |= {(p.rank, m.peer): grads[p.rank][rows_of(m.rows)] for m in p.steps[t + 1].send}

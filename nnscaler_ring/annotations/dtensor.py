@@ -124,7 +124,7 @@ def resolve(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> Cut:
             parts *= cut.mesh.size(axis)
         if heads % parts:
             raise ValueError(
-                f"{spec.name}: the {heads} heads of {name} do not divide by the {parts} ranks that share them, of mesh axes {shared}"
+                f"{spec.name}: the {heads} heads of {name} do not divide by the {parts} ranks that share them, mesh axes {shared}"
             )
     return cut
 

@@ -134,12 +134,14 @@ def _direct(mask: Mask, q: Layout, k: Layout, rank: int, route: Route) -> RankPl
     late = (mine[:, 1] != rank) | joined
     buffer = _buffer(reads if joined else reads[reads[:, 1] != rank], k)
     origin, lo, hi, start = buffer.T
+    end, others = start + hi - lo, origin != rank
     wanted = _reads(visible(mask, q, k, origin=rank)[:, [0, 1, 4, 5]], k, route.everything)
-    wanted = wanted[(wanted[:, 1] == rank) & ((wanted[:, 0] != rank) | joined)]
+    wanted = wanted[(wanted[:, 1] == rank) & (wanted[:, 0] != rank)]
     runs = k.row0[k.runs[:, 0] == rank]
     readers = np.unique(wanted[:, 0])
     breaks = np.repeat(readers, len(runs)), np.tile(runs, len(readers))
-    send, receive = _in_parts(*union(wanted[:, 0], wanted[:, 2], wanted[:, 3], breaks)), _in_parts(origin, start, start + hi - lo)
+    send = _in_parts(*union(wanted[:, 0], wanted[:, 2], wanted[:, 3], breaks))
+    receive, own = _in_parts(origin[others], start[others], end[others]), np.column_stack([lo, hi, start, end])[~others]
     q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
     bands = mine[:, 2:].copy()
     bands[late] = _in_buffer(mine[late], buffer)
@@ -147,7 +149,7 @@ def _direct(mask: Mask, q: Layout, k: Layout, rank: int, route: Route) -> RankPl
     steps = [Step(k_rows, calls=first, holds=np.array([[rank, 0, k_rows, 0]]))]
     if q.world_size > 1:
         size = int((hi - lo).sum())
-        steps.append(Step(size, send, receive, room=size, calls=second, holds=buffer, home_send=receive, home_receive=send))
+        steps.append(Step(size, send, receive, own, room=size, calls=second, holds=buffer, home_send=receive, home_receive=send))
     return RankPlan(rank, q.world_size, q_rows, k_rows, tuple(steps))
 
 

@@ -152,7 +152,7 @@ def timeline(
         start = max(done, arrived)
         if t + 1 < len(rank.steps):
             following = rank.steps[t + 1]
-            arrived = send(f"rows of step {t + 1}", _rows(rank, following) * shape.row, len(following.receive), start)
+            arrived = send(f"rows of step {t + 1}", _rows(following) * shape.row, len(following.receive), start)
         flops = step_tiles(step) * TILE * TILE * shape.flops(backward)
         calls = flops / (speed.backward if backward else speed.forward) + speed.launch * len(step.calls)
         done = start + calls + step_bytes(rank, t, shape, speed.at_once, backward) / speed.memory
@@ -163,10 +163,9 @@ def timeline(
     return Timeline(tuple(compute), tuple(wire))
 
 
-def _rows(rank: RankPlan, step: Step) -> int:
+def _rows(step: Step) -> int:
     """Rows on the wire in one step, the busier way."""
-    sides = ([m.size for m in side if m.peer != rank.rank] for side in (step.send, step.receive))
-    return max(sum(side) for side in sides)
+    return max(sum(m.size for m in side) for side in (step.send, step.receive))
 
 
 def _gradient_rows(rank: RankPlan, t: int) -> int:

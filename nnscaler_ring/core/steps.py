@@ -74,6 +74,10 @@ class Calls:
         return np.column_stack([self.spans, low, high])
 
 
+def _no_rows() -> np.ndarray:
+    return np.empty((0, 4), dtype=np.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """One step of a rank: `receive` fills the buffer of `size` rows, `calls` read it, `home` tells where its gradients end.
@@ -82,8 +86,9 @@ class Step:
 
     Attributes:
         size: rows in the buffer (step 0: the own shard).
-        send: rows of the buffer before; a message to the rank itself is a copy.
+        send: rows of the buffer before.
         receive: rows of this buffer.
+        own: ``[n, 4]`` ``(lo, hi, start, end)``: rows ``lo:hi`` of the own shard that the buffer holds, too, from `start` to `end`.
         at: where in its memory the buffer starts.
         room: rows of the memory that begins here; 0 where it goes on, the step before not having ended it, and where nothing comes.
         ends: the memory is full with this step: calls run, gradients leave.
@@ -96,11 +101,12 @@ class Step:
     size: int
     send: tuple[Message, ...] = ()
     receive: tuple[Message, ...] = ()
+    own: np.ndarray = field(default_factory=_no_rows)
     at: int = 0
     room: int = 0
     ends: bool = True
     calls: tuple[Calls, ...] = ()
-    holds: np.ndarray = field(default_factory=lambda: np.empty((0, 4), dtype=np.int64))
+    holds: np.ndarray = field(default_factory=_no_rows)
     home_send: tuple[Message, ...] = ()
     home_receive: tuple[Message, ...] = ()
 
@@ -145,13 +151,14 @@ class RankPlan:
 
     @cached_property
     def gradients_home(self) -> np.ndarray:
-        """How many gradients come home for each row of the own shard."""
-        return times(self.k_rows, (m.rows for step in self.steps for m in step.home_receive))
+        """How many gradients come for each row of the own shard, from others and from where a buffer holds it, too."""
+        home = [m.rows for step in self.steps for m in step.home_receive]
+        return times(self.k_rows, [*home, *(step.own[:, :2] for step in self.steps)])
 
     @property
     def rows_sent(self) -> int:
         """Key/value rows that go to other ranks, in the forward pass and again in the backward pass."""
-        return sum(m.size for step in self.steps for m in step.send if m.peer != self.rank)
+        return sum(m.size for step in self.steps for m in step.send)
 
     @property
     def grad_rows_sent(self) -> int:
@@ -163,7 +170,7 @@ class RankPlan:
         step, following = self.steps[t], self.steps[t + 1 : t + 2]
         send = [*step.home_send, *(m for s in following for m in s.send)]
         receive = [*step.home_receive, *(m for s in following for m in s.receive)]
-        return [m for m in send if m.peer != self.rank], [m for m in receive if m.peer != self.rank]
+        return send, receive
 
     @property
     def pairs(self) -> int:
@@ -176,7 +183,8 @@ class RankPlan:
             f"{self.num_merges} merges, {self.rows_sent} rows sent, {self.grad_rows_sent} gradient rows sent"
         ]
         for t, step in enumerate(self.steps):
-            moves = [f"{m.size} rows from rank {m.peer}" for m in step.receive]
+            own = int((step.own[:, 1] - step.own[:, 0]).sum())
+            moves = [f"{own} own rows"] * (own > 0) + [f"{m.size} rows from rank {m.peer}" for m in step.receive]
             spans = [f"q[{a}:{b}] x k[{c}:{d}] window {n.window}" for n in step.calls for a, b, c, d in n.spans[:4].tolist()]
             lines.append(f"  step {t}: {', '.join(moves) or 'own rows'}; {', '.join(spans) or 'no call'}")
         return "\n".join(lines)

@@ -196,16 +196,16 @@ def _fetch(plan: RankPlan, t: int, memory: KV | None, own: KV) -> Generator[Exch
     inbox = [(m, KV(*(room(x, m.rows) for x in buffer))) for m in receive]
     outbox = [(m.peer, sent(m.rows)) for m in send]
     del sent
-    wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in inbox], own.keys.device)
+    wait = yield _exchange(outbox, [(m.peer, x) for m, x in inbox], own.keys.device)
+    if len(step.own):
+        for x, part in zip(buffer, own.take(step.own[:, :2]), strict=True):
+            put(x, step.own[:, 2:], part)
 
     def arrived() -> KV:
         wait()
-        copies = iter([x for peer, x in outbox if peer == plan.rank])
-        for message, rows in inbox:
-            came = next(copies) if message.peer == plan.rank else rows
-            if len(message.rows) > 1 or message.peer == plan.rank:
-                for x, part in zip(buffer, came, strict=True):
-                    put(x, message.rows, part)
+        for message, came in inbox:
+            for x, part in zip(buffer, came, strict=True) if len(message.rows) > 1 else ():
+                put(x, message.rows, part)
         outbox.clear()
         return filled
 
@@ -218,14 +218,13 @@ def _send_home(
     """Start sending the gradients of step `t`'s rows to whoever holds them next, or home; returns how to add what arrives."""
     step, onward = plan.steps[t], plan.steps[t + 1 : t + 2]
     home_send, home_receive = _pieces(step.home_send), _pieces(step.home_receive)
-    own = [m for m in home_receive if m.peer == plan.rank]
-    for message, rows in zip((m for m in home_send if m.peer == plan.rank), own, strict=True):
-        home.add(rows.rows, grads.take(message.rows))
-    send = [m for m in (*home_send, *(m for s in onward for m in s.send)) if m.peer != plan.rank]
-    to_home = [(m, grads.empty(m.size, wire)) for m in home_receive if m.peer != plan.rank]
+    if len(step.own):
+        home.add(step.own[:, :2], grads.take(step.own[:, 2:]))
+    send = [*home_send, *(m for s in onward for m in s.send)]
+    to_home = [(m, grads.empty(m.size, wire)) for m in home_receive]
     to_next = [(m, grads.empty(m.size, wire)) for s in onward for m in s.receive]
     outbox = [(m.peer, grads.take(m.rows).to(wire)) for m in send]
-    wait = yield _to_others(plan, outbox, [(m.peer, x) for m, x in (*to_home, *to_next)], grads.keys.device)
+    wait = yield _exchange(outbox, [(m.peer, x) for m, x in (*to_home, *to_next)], grads.keys.device)
 
     def settle(following: KVSums | None, at: int) -> None:
         wait()
@@ -246,9 +245,9 @@ def _pieces(messages: Sequence[Message]) -> list[Message]:
 Mail = Sequence[tuple[int, KV]]
 
 
-def _to_others(plan: RankPlan, send: Mail, receive: Mail, device: torch.device) -> Exchange:
-    """The messages that travel, keys and then values: not a rank's to itself, and none without content."""
-    out, back = ([(peer, x) for peer, rows in mail if peer != plan.rank for x in rows if x.numel()] for mail in (send, receive))
+def _exchange(send: Mail, receive: Mail, device: torch.device) -> Exchange:
+    """The messages, keys and then values, none without content."""
+    out, back = ([(peer, x) for peer, rows in mail for x in rows if x.numel()] for mail in (send, receive))
     return Exchange(out, back, device)
 
 
