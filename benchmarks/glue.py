@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import packings
 from benchmarks.report import markdown
 from nnscaler_ring.core import held, merge, passes
-from nnscaler_ring.core.geometry import covered
 from nnscaler_ring.core.held import AGAIN, MORE, Part, Place
+from nnscaler_ring.core.intervals import covered
 from nnscaler_ring.core.kernels import Case, Grad, Scores
 from nnscaler_ring.core.kernels.base import Spans, Window
 from nnscaler_ring.core.kernels.packed import Call, Packed, Read

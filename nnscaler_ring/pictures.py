@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .core.geometry import overlaps
+from .core.intervals import overlaps
 from .core.layout import Layout
 from .core.mask import Mask, band_area
 from .core.scaling import Bar, Timeline

@@ -21,6 +21,7 @@ from .annotations import nnscaler
 from .annotations.nnscaler import constant
 from .annotations.spec import SPECS
 from .core.call import Group, Options, Rows, check_qkv, group_name, out_and_lse
+from .core.device import sum_dtype
 from .core.kernels.transformer_engine import PACKAGE as transformer_engine
 from .core.recipe import Recipe
 from .core.relayout import relayout
@@ -78,7 +79,7 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -10
 
 def summed_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """The op behind `summed_cross_entropy`: nnscaler knows it where its module calls it."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(sum_dtype(logits.dtype))
     return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
 
 

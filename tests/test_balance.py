@@ -15,7 +15,8 @@ import pytest
 from benchmarks import packings
 from nnscaler_ring.core import balance, cost, layout, mask
 from nnscaler_ring.core.balance import balanced
-from nnscaler_ring.core.geometry import overlaps, trim
+from nnscaler_ring.core.geometry import trim
+from nnscaler_ring.core.intervals import overlaps
 from nnscaler_ring.core.layout import Layout
 from nnscaler_ring.core.mask import NO_LIMIT, Mask
 from nnscaler_ring.core.plan import plan, plans

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nnscaler_ring.core import geometry
+from nnscaler_ring.core import geometry, intervals
 from nnscaler_ring.core.layout import Layout
 from nnscaler_ring.core.layouts import LAYOUTS
 from nnscaler_ring.core.mask import NO_LIMIT
@@ -104,7 +104,7 @@ def test_overlaps() -> None:
     for _ in range(1000):
         a0, b0 = rng.integers(0, 30, rng.integers(0, 8)), rng.integers(0, 30, rng.integers(0, 8))
         a1, b1 = a0 + rng.integers(-2, 8, len(a0)), b0 + rng.integers(1, 8, len(b0))
-        n, m = geometry.overlaps(a0, a1, b0, b1)
+        n, m = intervals.overlaps(a0, a1, b0, b1)
         brute = {(x, y) for x in range(len(a0)) for y in range(len(b0)) if max(a0[x], b0[y]) < min(a1[x], b1[y])}
         found = list(zip(n.tolist(), m.tolist(), strict=True))
         assert set(found) == brute and len(found) == len(brute)
@@ -124,7 +124,7 @@ def test_union_is_what_the_intervals_of_each_key_cover() -> None:
         covered, got = np.zeros((3, length), dtype=bool), np.zeros((3, length), dtype=bool)
         for key, a, b in zip(keys, lo, hi, strict=True):
             covered[key, a:b] = True
-        pieces = np.stack(geometry.union(keys, lo, hi, breaks), axis=1)
+        pieces = np.stack(intervals.union(keys, lo, hi, breaks), axis=1)
         for key, a, b in pieces.tolist():
             assert not got[key, a:b].any() and a < b, "disjoint"
             got[key, a:b] = True
@@ -138,6 +138,6 @@ def test_union_is_what_the_intervals_of_each_key_cover() -> None:
 
 
 def test_coalesce() -> None:
-    assert geometry.coalesce(np.array([[0, 2], [2, 5], [6, 7], [7, 8], [8, 9]])).tolist() == [[0, 5], [6, 9]]
-    assert geometry.coalesce(np.array([[1, 2]])).tolist() == [[1, 2]]
-    assert len(geometry.coalesce(np.empty((0, 2), dtype=np.int64))) == 0
+    assert intervals.coalesce(np.array([[0, 2], [2, 5], [6, 7], [7, 8], [8, 9]])).tolist() == [[0, 5], [6, 9]]
+    assert intervals.coalesce(np.array([[1, 2]])).tolist() == [[1, 2]]
+    assert len(intervals.coalesce(np.empty((0, 2), dtype=np.int64))) == 0

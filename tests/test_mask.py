@@ -102,7 +102,8 @@ def test_windows_below_minus_one_are_refused(window: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("counts", [{"sinks": -1}, {"prefix": -1}])
 def test_negative_counts_are_refused(counts: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="must be numbers of tokens >= 0"):
+    ((name, count),) = counts.items()
+    with pytest.raises(ValueError, match=f"^{name}={count}: give a number of tokens >= 0$"):
         build(4, **counts)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nnscaler_ring.core import engine, kernels
 from nnscaler_ring.core.device import index_of
-from nnscaler_ring.core.geometry import covered, times
 from nnscaler_ring.core.held import AGAIN, MORE, Place, fused
+from nnscaler_ring.core.intervals import covered, times
 from nnscaler_ring.core.kernels import Case, Grad, Scores
 from nnscaler_ring.core.kernels.base import Spans, Window
 from nnscaler_ring.core.kernels.packed import Call, Packed, Read

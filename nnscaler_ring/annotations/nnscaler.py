@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.device import sum_dtype
 from . import rings
 from .spec import OpSpec
 
@@ -70,7 +71,7 @@ def untouched(*results: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def stand_in(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of the right shapes and dtypes, for `tracing`."""
     lse_shape = [q.shape[spec.inputs["q"].index(name)] for name in spec.lse]
-    lse = q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(lse_shape, dtype=sum_dtype(q.dtype))
     out, lse = untouched(q.new_empty((*q.shape[:-1], v.shape[-1])), lse, of=(q, k, v))
     return out, lse
 

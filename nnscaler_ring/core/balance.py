@@ -31,8 +31,9 @@ import numpy as np
 
 from . import layout
 from .cost import TILE, band_tiles, one_band_tiles
-from .geometry import overlaps, trim
-from .layout import Layout, ranges
+from .geometry import trim
+from .intervals import overlaps, ranges
+from .layout import Layout
 from .mask import Mask
 
 EVEN = 1.02

@@ -22,8 +22,7 @@ from torch.torch_version import TorchVersion
 
 from . import engine, kernels
 from .agree import asked, check_alike
-from .device import captures, on_host
-from .held import exact_dtype
+from .device import captures, on_host, sum_dtype
 from .layouts import check_layout, looks_at_documents
 from .mask import Mask, check_cu_seqlens, check_window
 from .passes import inner_of, kernel_for, shape_of
@@ -198,7 +197,7 @@ def _with_transport(
 
 
 def _slopes(q: Tensor, options: Options) -> Tensor | None:
-    exact = exact_dtype(q.dtype)
+    exact = sum_dtype(q.dtype)
     return None if options.alibi_slopes is None else torch.atleast_2d(options.alibi_slopes).to(exact)
 
 
@@ -306,7 +305,7 @@ def total_attention(q: Tensor, k: Tensor, lse: Tensor, recipe: Recipe, options: 
 
 def _exactly(recipe: Recipe, options: Options, qkv: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in the dtype of partial results where the kernel takes it: one that was asked for by its name may not."""
-    q, k, v = (x.to(exact_dtype(x.dtype)).contiguous() for x in qkv)
+    q, k, v = (x.to(sum_dtype(x.dtype)).contiguous() for x in qkv)
     try:
         kernel_for(recipe, q, k, v, {"alibi": options.alibi_slopes is not None, "bias": options.bias is not None})
     except NotImplementedError:

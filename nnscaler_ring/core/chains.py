@@ -11,7 +11,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from .geometry import distinct, overlaps, trim, union, visible
+from .geometry import trim, visible
+from .intervals import distinct, overlaps, union
 from .layout import Layout
 from .mask import Mask
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .mask import ramp
 from .steps import RankPlan, Step
 
 TILE = 128
@@ -32,21 +33,12 @@ def band_tiles(
     begin = np.maximum(0, -last_at)
     end = np.minimum(last - 1, (j1 - 1 - i0 - low) // tile)
     end = np.maximum(end, begin - 1)
-    linear = _triangle(end) - _triangle(begin - 1) + (end - begin + 1) * (last_at + 1)
-    whole = linear - _ramp(begin, end, last_at - edge) - _ramp(begin, end, first_at)
+    rising = ramp(begin, end + 1, last_at + 1)  # none of these rows is below 0
+    whole = rising - ramp(begin, end + 1, last_at - edge) - ramp(begin, end + 1, first_at)
     # the last
     final = np.minimum(edge, (i1 - 1 + high - j0) // tile) - np.maximum(0, last + first_at) + 1
     seen = (i0 + last * tile + low < j1) & (i1 - 1 + high >= j0)
     return np.where((i0 < i1) & (j0 < j1) & (low <= high), whole + np.where(seen, final, 0), 0)
-
-
-def _triangle(n: np.ndarray) -> np.ndarray:
-    return n * (n + 1) // 2
-
-
-def _ramp(begin: np.ndarray, end: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Sum of ``max(0, t + shift)`` over ``begin <= t <= end``, where ``end >= begin - 1``."""
-    return _triangle(np.maximum(0, end + shift)) - _triangle(np.maximum(0, begin - 1 + shift))
 
 
 def one_band_tiles(i0: int, i1: int, j0: int, j1: int, low: int, high: int, tile: int = TILE) -> int:

@@ -10,13 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import ranges
+from .intervals import ranges
 
 MANY = 8
 """Intervals of rows from which they are read and written by an index, not one by one."""
 
 _OF_GRAPHS: list[Tensor] = []
 """Tables that CUDA graphs read again from the host whenever they run."""
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of partial results and gradients: fp32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def captures(device: torch.device) -> bool:

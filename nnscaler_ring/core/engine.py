@@ -15,8 +15,8 @@ from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .agree import asked, check_alike
+from .device import sum_dtype
 from .heads import deal, teams
-from .held import exact_dtype
 from .layouts import looks_at_documents, shown
 from .passes import Extras, Job, backward, forward, inner_of, job_of
 from .recipe import Recipe, content, layout_of
@@ -136,7 +136,7 @@ def _check_rows(job: Job, q: Tensor, k: Tensor) -> None:
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=exact_dtype(q.dtype))
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=sum_dtype(q.dtype))
     return out, lse, _fake_kept(q, k, v, *rest)
 
 
@@ -154,7 +154,7 @@ def _fake_kept(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
             q.new_empty(q_rows, q.shape[0], heads * q.shape[3]),
             k.new_empty(k_rows, k.shape[0], heads_k * (k.shape[3] + v.shape[3])),
             q.new_empty(q.shape[0], q_rows, heads, v.shape[3]),
-            q.new_empty((q.shape[0], heads, q_rows), dtype=exact_dtype(q.dtype)),
+            q.new_empty((q.shape[0], heads, q_rows), dtype=sum_dtype(q.dtype)),
         ]
         kept += [] if bias is None else [bias.new_empty(q_rows, 1, heads * total_k)]
     return kept

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .device import on_device, take
-from .geometry import coalesce
-from .held import exact_dtype
+from .device import on_device, sum_dtype, take
+from .intervals import coalesce
 from .layout import PACKINGS, Layout
 from .transport import Exchange, Wait
 from .walk import put, room
@@ -222,7 +221,7 @@ def to_tokens(packs: Sequence[Pack]) -> Generator[Exchange, Wait, list[list[Tens
     for pack, inbox in zip(packs, inboxes, strict=True):
         n, batch, _ = inbox[0].shape
         number = max(pack.heads(share)[1] for share in pack.team.shares)
-        dtype = inbox[0].dtype if pack.kind == "q" else exact_dtype(inbox[0].dtype)  # of what is added up
+        dtype = inbox[0].dtype if pack.kind == "q" else sum_dtype(inbox[0].dtype)  # of what is added up
         whole = [inbox[0].new_zeros(batch, n, number, x.shape[3], dtype=dtype) for x in pack.tensors]
         for share, arrived in zip(pack.team.shares, inbox, strict=True):
             for into, part in zip(whole, pack.split(arrived, share), strict=True):

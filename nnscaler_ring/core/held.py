@@ -17,16 +17,10 @@ import torch
 from torch import Tensor
 
 from .device import resident
-from .geometry import distinct, turns
-from .layout import ranges
+from .intervals import distinct, ranges, turns
 
 Part = tuple[Tensor, ...]
 """Tensors ``[B, n, ...]`` about the same rows."""
-
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of partial results and gradients: fp32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def at_once(device: str) -> int:
@@ -175,13 +169,15 @@ def _row_by_row(columns: int, pieces: bytes) -> Sequence[np.ndarray]:
 
 
 class Held(ABC):
-    """Rows to which calls give one part after the other.
+    """What kernel calls give for rows, put together: results that are merged, or gradients that are added up.
 
-    What comes is held until a row would have more than `at_once`: in half precision parts that are put together take 2 bytes an
-    element each, and 2 to 8 once, one after the other 10 each. A part that has all rows can be their memory itself, which takes
-    none. Other memory may be uninitialised: `finish` fills all. What ends in another dtype is spent: nothing can be added to it.
+    A *part* is what one call gives for some rows. Parts wait until some row has `at_once` of them, 4 with the fused Triton kernel
+    and else 1, and are then put together in one pass: in half precision a part so costs 2 bytes an element, and the sum 2 to 8
+    once, where one after the other they cost 10 each. A row is empty (0), has a sum in fp32 so far (`HERE`), or is final (`DONE`)
+    in the dtype of the result, to which nothing can be added. A part that has all rows can become their memory itself.
+    Other memory may be uninitialised: `finish` fills the rows to which nothing came.
 
-    A kernel may put rows together in place instead, see `Place`.
+    Either calls hand over parts (`add`), or a kernel puts rows together in place (`place`); `come` tells how many are to come.
 
     Args:
         rows: how many there are.

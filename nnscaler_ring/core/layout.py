@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .intervals import ranges
+
 PACKINGS = 64
 """Rows of documents for which masks, layouts and plans are kept: a million tokens of a thousand documents take up to 14 MB."""
 
@@ -81,11 +83,6 @@ class Layout:
             positions = self.positions(rank)
             ranks[positions], rows[positions] = rank, np.arange(len(positions))
         return ranks, rows
-
-
-def ranges(start: np.ndarray, count: np.ndarray, stride: int = 1) -> np.ndarray:
-    """For each start the `count` numbers ``start, start + stride, ...``, one range after the other."""
-    return np.repeat(start, count) + stride * (np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count))
 
 
 def contiguous(length: int, world_size: int, cu_seqlens: np.ndarray | None = None) -> Layout:

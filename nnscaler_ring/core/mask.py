@@ -125,19 +125,15 @@ def band_area(q0: np.ndarray, q1: np.ndarray, k0: np.ndarray, k1: np.ndarray, lo
 
     def at_most(limit: np.ndarray) -> np.ndarray:
         limit = np.clip(limit, k0 - q1, k1 - q0)  # beyond these no pair, or every pair, is counted
-
-        def ramp(height: np.ndarray) -> np.ndarray:  # sum over rows of max(0, i + limit + 1 - height)
-            last, first = q1 + limit - height, q0 + limit - height
-            return _triangle(last) - _triangle(first)
-
-        return ramp(k0) - ramp(k1)
+        return ramp(q0, q1, limit + 1 - k0) - ramp(q0, q1, limit + 1 - k1)
 
     return np.where((q1 > q0) & (k1 > k0) & (lo <= hi), at_most(hi) - at_most(lo - 1), 0)
 
 
-def _triangle(n: np.ndarray) -> np.ndarray:
-    n = np.maximum(n, 0)
-    return n * (n + 1) // 2
+def ramp(begin: np.ndarray, end: np.ndarray, shift: np.ndarray, stride: int = 1) -> np.ndarray:
+    """Sum of ``max(0, shift + stride * i)`` over ``begin <= i < end``, elementwise over int64 arrays."""
+    first = np.minimum(np.maximum(-(shift // stride), begin), end)  # what is before it adds nothing
+    return (end - first) * shift + stride * (end * (end - 1) - first * (first - 1)) // 2
 
 
 def _check(table: np.ndarray, q_len: int, k_len: int) -> None:

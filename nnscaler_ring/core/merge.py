@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .held import HERE, Held, Part, Place, Scattered, alone, at_once, exact_dtype, together
+from .device import sum_dtype
+from .held import HERE, Held, Part, Place, Scattered, alone, at_once, together
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -78,7 +79,7 @@ class Results(Held):
     ) -> None:
         super().__init__(like.shape[1], like.device, come)
         self._like, self._width, self._end = like, width, end
-        self._dtype, self._lse_dtype = dtype or end, lse_dtype or exact_dtype(end)
+        self._dtype, self._lse_dtype = dtype or end, lse_dtype or sum_dtype(end)
         self._into, self._lse = into, lse
         self._out: Tensor | None = None
 
@@ -111,7 +112,7 @@ class Results(Held):
         return self._lse
 
     def place(self, intervals: np.ndarray) -> Place:
-        self._dtype = exact_dtype(self._end)
+        self._dtype = sum_dtype(self._end)
         return super().place(intervals)._replace(lse=self.lse.squeeze(3).transpose(1, 2))
 
     def result(self) -> Tensor:
@@ -187,7 +188,7 @@ def update_out_and_lse(
         >>> out[0, 0, 0, 0].item()
         0.5
     """
-    dtype = exact_dtype(block_out.dtype)
+    dtype = sum_dtype(block_out.dtype)
     column = block_lse.transpose(-2, -1).unsqueeze(-1).to(dtype)
     block_out = block_out.masked_fill(column == float("-inf"), 0.0)
     if out is None or lse is None:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .device import on_device
+from .device import on_device, sum_dtype
 from .heads import Pack, Team, team_of, teams, to_heads, to_tokens
-from .held import at_once, exact_dtype
+from .held import at_once
 from .kernels import Case, Grad, Kernel, Scores
 from .layout import Layout
 from .merge import Results, empty_lse
@@ -228,7 +228,7 @@ def _attend(
     job: Job, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, extras: Extras, most: int
 ) -> Generator[Exchange, Wait, tuple[Tensor, Tensor]]:
     """The walk over key/value rows: out and lse of q's rows; `most` is the greatest number of key heads of a rank."""
-    exact = exact_dtype(q.dtype)
+    exact = sum_dtype(q.dtype)
     again = plan.num_results > at_once(q.device.type)  # merged into what was merged before: in fp32, sums of weights in float64
     end = q.dtype if extras.sink is None else exact
     dtype = exact if again else end
@@ -295,7 +295,7 @@ def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept:
     q_team, k_team = job.teams(plan, heads, k.shape[2])
     packs = [Pack(q_team, "q", [d_out])]
     if job.recipe.returns_lse:  # others may have a gradient of it
-        d_lse = torch.zeros_like(d_out[..., 0], dtype=exact_dtype(q.dtype)).mT if d_lse is None else d_lse
+        d_lse = torch.zeros_like(d_out[..., 0], dtype=sum_dtype(q.dtype)).mT if d_lse is None else d_lse
         packs.append(Pack(q_team, "q", [d_lse.mT.unsqueeze(3)]))
     came = yield from to_heads(packs)
     (d_mine,), *columns = (pack.split(rows) for pack, rows in zip(packs, came, strict=True))
@@ -326,7 +326,7 @@ def _differentiate_attend(
 ) -> Gradients:
     """The walk that undoes `_attend`: dq, dk, dv, d_bias and d_sink; dk and dv are not yet rounded where ranks share heads."""
     d_out, q, k, v, out, lse = saved
-    exact = exact_dtype(q.dtype)
+    exact = sum_dtype(q.dtype)
     d_bias = torch.zeros_like(extras.bias, dtype=exact) if wants_bias and extras.bias is not None else None
     scores = job.scores(plan, extras, q.device)
     k_at = {} if scores.q_at is None else job.key_positions(plan, q.device)

@@ -26,7 +26,8 @@ from types import MappingProxyType
 import numpy as np
 
 from .chains import Chains, chains_of, rows_needed
-from .geometry import coalesce, join, overlaps, trim, turns, union, visible, windows
+from .geometry import join, trim, visible, windows
+from .intervals import coalesce, overlaps, turns, union
 from .layout import PACKINGS, Layout
 from .mask import Mask
 from .steps import Calls, Message, RankPlan, Step

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from . import layouts, mask
-from .device import on_host
-from .held import exact_dtype
+from .device import on_host, sum_dtype
 from .layout import PACKINGS, Layout
 
 
@@ -65,8 +64,8 @@ class Recipe:
         return 1 if self.far is None else 2
 
     def wire(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which gradients of keys and values of a dtype travel; sums are of `exact_dtype` dtype in any case."""
-        return getattr(torch, self.reduce_dtype) if self.reduce_dtype else exact_dtype(dtype)
+        """The dtype in which gradients of keys and values of a dtype travel; sums are of `sum_dtype` dtype in any case."""
+        return getattr(torch, self.reduce_dtype) if self.reduce_dtype else sum_dtype(dtype)
 
     @lru_cache(maxsize=4096)  # noqa: B019
     def __str__(self) -> str:

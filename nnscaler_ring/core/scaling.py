@@ -16,10 +16,10 @@ import numpy as np
 
 from .chains import rows_needed
 from .cost import TILE, step_tiles, tiles
-from .geometry import overlaps
 from .heads import Share, deal, teams
+from .intervals import overlaps
 from .layout import PACKINGS, Layout
-from .mask import Mask
+from .mask import Mask, ramp
 from .plan import ALL_TO_ALL, choose, plan, rows_given, rows_sent
 from .steps import RankPlan, Step
 
@@ -204,16 +204,11 @@ def rank_pairs(mask: Mask, q: Layout) -> np.ndarray:
     def at_most(limit: np.ndarray) -> np.ndarray:
         """Keys up to `limit` after each query: a ramp from the first key of the slice on, level from the last."""
         limit = np.clip(limit, k0[at] - q.length, k1[at])
-        return _ramp(start[run] + limit + 1 - k0[at], i0, i1, q.stride) - _ramp(start[run] + limit + 1 - k1[at], i0, i1, q.stride)
+        last = start[run] + limit + 1
+        return ramp(i0, i1, last - k0[at], q.stride) - ramp(i0, i1, last - k1[at], q.stride)
 
     seen = at_most(hi[at]) - at_most(lo[at] - 1)
     return np.bincount(rank[run], seen, q.world_size).astype(np.int64)
-
-
-def _ramp(shift: np.ndarray, i0: np.ndarray, i1: np.ndarray, stride: int) -> np.ndarray:
-    """Sum of ``max(0, shift + stride * i)`` over ``i0 <= i < i1``."""
-    first = np.clip(-(shift // stride), i0, i1)  # rows before it add nothing
-    return (i1 - first) * shift + stride * (i1 * (i1 - 1) - first * (first - 1)) // 2
 
 
 @dataclass(frozen=True, kw_only=True)

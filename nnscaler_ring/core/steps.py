@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from .geometry import covered, times
+from .intervals import covered, times
 from .layout import PACKINGS
 from .mask import NO_LIMIT, band_area
 

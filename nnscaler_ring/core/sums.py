@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .held import HERE, Held, Part, Scattered, exact_dtype, together
+from .device import sum_dtype
+from .held import HERE, Held, Part, Scattered, together
 
 
 class Sum(Held):
@@ -38,7 +39,7 @@ class Sum(Held):
         come: np.ndarray | None = None,
     ) -> None:
         super().__init__(like.shape[1], like.device, come)
-        self.like, self._exact = like, exact_dtype(like.dtype)
+        self.like, self._exact = like, sum_dtype(like.dtype)
         self._end, self._into = end or self._exact, into
         self.memory = into if self._end == self._exact else None
 

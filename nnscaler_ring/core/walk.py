@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .device import MANY, index_of, take
-from .held import exact_dtype
+from .device import MANY, index_of, sum_dtype, take
 from .steps import Message, RankPlan, Step
 from .sums import Sum
 from .transport import Exchange, Wait, Walk
@@ -169,7 +168,7 @@ def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None
         arriving = yield from _fetch(plan, t + 1, memory, own)
         if not step.ends:
             continue
-        grads = None if home is None else KVSums.inside(memory.like(exact_dtype(k.dtype)), len(home.k))
+        grads = None if home is None else KVSums.inside(memory.like(sum_dtype(k.dtype)), len(home.k))
         visit(step, memory.k, memory.v, grads)
         del memory
         if home is not None and grads is not None and wire is not None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..geometry import coalesce
+from ..intervals import coalesce
 from ..merge import Results
 from ..sums import Sum
 

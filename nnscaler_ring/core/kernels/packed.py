@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..device import on_device, resident, take
-from ..geometry import coalesce
+from ..intervals import coalesce
 from ..merge import Results
 from ..sums import Sum
 from .base import Grad, Kernel, Scores, Spans, Window

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..held import exact_dtype
+from ..device import sum_dtype
 from .base import Case, Grad, Kernel, Scores, Spans, Window, philox
 
 MAX_SCORES = 1 << 26
@@ -78,7 +78,7 @@ def _pieces(q: Tensor, spans: Spans) -> list[Piece]:
 
 def _tile(x: Tensor, lo: int, hi: int, like: Tensor | None = None) -> Tensor:
     """``[B, H, hi - lo, D]`` in the dtype of computation, with the heads of `like`."""
-    x = x[:, lo:hi].transpose(1, 2).to(exact_dtype(x.dtype))
+    x = x[:, lo:hi].transpose(1, 2).to(sum_dtype(x.dtype))
     return x if like is None else x.repeat_interleave(like.shape[2] // x.shape[1], dim=1)
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..held import exact_dtype
+from ..device import sum_dtype
 from ..merge import merge_
 from . import tiles
 from .base import Grad, Kernel, Scores, Spans, Window
@@ -41,7 +41,7 @@ class Tiled(Kernel):
         q, k, v = pad(q, k, v)
         k, v = self._heads_as(q, k), self._heads_as(q, v)
         if scores.merged and self.merges_exactly:
-            q, k, v = (x.to(exact_dtype(x.dtype)) for x in (q, k, v))
+            q, k, v = (x.to(sum_dtype(x.dtype)) for x in (q, k, v))
         parts = [self._span(q[:, i0:i1], k[:, j0:j1], v[:, j0:j1], window, scores.scale) for i0, i1, j0, j1 in spans.tolist()]
         out, lse = parts[0] if len(parts) == 1 else (torch.cat([o for o, _ in parts], 1), torch.cat([x for _, x in parts], 2))
         return out[..., :head_dim_v], lse
@@ -68,7 +68,7 @@ class Tiled(Kernel):
         if len(pieces) == 1 and pieces[0].repeat == 1:
             return self._run(pieces[0], q, k, v, scale)
         disjoint = sum((p.i1 - p.i0) * p.repeat for p in pieces) == q.shape[1]
-        exact = exact_dtype(q.dtype)
+        exact = sum_dtype(q.dtype)
         out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype if disjoint else exact)
         lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=torch.float64 if self.merges_exactly and not disjoint else exact)
         if self.merges_exactly and not disjoint:

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from ..device import resident
-from ..geometry import covered, overlaps, union
 from ..held import Place
-from ..layout import ranges
+from ..intervals import covered, overlaps, ranges, union
 from ..merge import Results
 from .base import Case, Grad, Kernel, Scores, Spans, Window
 
