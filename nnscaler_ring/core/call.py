@@ -223,11 +223,10 @@ def _in_graph(
             )
         total_q, total_k = traced(total_q), traced(total_k)
     check_extras(q, options, total_k)
-    own = (recipe.group, recipe.layout, recipe.transport, recipe.kernel, recipe.heads_stride, recipe.batch0, recipe.head0)
-    left, right = options.window_size
-    seen = (options.causal, left, right, options.sinks, options.prefix, options.deterministic, options.return_attn_probs)
-    said = (*own, recipe.reduce_dtype, *seen, float(options.softcap), float(options.dropout_p), options.far)
-    text = _text(*map(traced, said))
+    own = ("group", "layout", "transport", "kernel", "heads_stride", "batch0", "head0", "reduce_dtype")
+    said = {name: getattr(recipe, name) for name in own} | _asked(options)
+    left, right = said["window"]
+    text = _text(**{**{name: traced(value) for name, value in said.items()}, "window": (traced(left), traced(right))})
     return text, (total_q, total_k), (rows.cu_seqlens_q, rows.cu_seqlens_k, None)
 
 
@@ -237,6 +236,21 @@ def whole_lengths(q: Tensor, k: Tensor, group: str, rows: Rows) -> tuple[int, in
     seq_len_k = rows.seq_len if rows.seq_len_k is None else rows.seq_len_k
     total_q = shards * q.shape[dim] if rows.seq_len is None else rows.seq_len
     return total_q, shards * k.shape[dim] if seq_len_k is None else seq_len_k
+
+
+def _asked(options: Options) -> dict[str, Any]:
+    """The part of a recipe that options say, under its names."""
+    return {
+        "causal": options.causal,
+        "window": options.window_size,
+        "sinks": options.sinks,
+        "prefix": options.prefix,
+        "deterministic": options.deterministic,
+        "softcap": float(options.softcap),
+        "dropout": float(options.dropout_p),
+        "far": options.far,
+        "returns_lse": bool(options.return_attn_probs),
+    }
 
 
 _GUARDS = TorchVersion(torch.__version__) >= "2.7"
@@ -252,13 +266,9 @@ def traced(value: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result
-def _text(*values: Any) -> str:
-    """A recipe of these values as a string, made while a graph is traced."""
-    own = ("group", "layout", "transport", "kernel", "heads_stride", "batch0", "head0", "reduce_dtype")
-    seen = ("causal", "left", "right", "sinks", "prefix", "deterministic", "returns_lse", "softcap", "dropout", "far")
-    named = dict(zip((*own, *seen), values, strict=True))
-    window = check_window((named.pop("left"), named.pop("right")))
-    recipe = Recipe(**named, window=window)
+def _text(**said: Any) -> str:
+    """A recipe that says this as a string, made while a graph is traced."""
+    recipe = Recipe(**{**said, "window": check_window(said["window"])})
     check_names(recipe)
     transport = transport_of(recipe.group)
     return str(replace(recipe, rank=transport.ranks[0]) if inner_of(recipe, transport) > 1 else recipe)
@@ -347,18 +357,7 @@ def _checked(
     for name in ("causal", "deterministic"):
         if isinstance(given := getattr(options, name), str):
             raise ValueError(f"{name}={given!r}: give True or False")
-    recipe = replace(
-        recipe,
-        causal=options.causal,
-        window=check_window(options.window_size),
-        sinks=options.sinks,
-        prefix=options.prefix,
-        deterministic=options.deterministic,
-        softcap=float(options.softcap),
-        dropout=float(options.dropout_p),
-        far=options.far,
-        returns_lse=bool(options.return_attn_probs),
-    )
+    recipe = replace(recipe, **{**_asked(options), "window": check_window(options.window_size)})
     for name, length in (("seq_len", rows.seq_len), ("seq_len_k", rows.seq_len_k)):
         if length is not None and not (isinstance(length, Integral) and length >= 0):
             raise ValueError(f"{name}={length!r}: give a number of tokens")
