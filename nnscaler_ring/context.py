@@ -218,6 +218,17 @@ class ContextParallel:
             dim: the dim of the tokens.
             cu_seqlens: boundaries of packed documents.
             seq_len: `S`, where ranks hold different numbers of tokens; ``world_size * L`` where None.
+
+        Returns:
+            ``[..., S, ...]``, of the dtype of `x`.
+
+        Raises:
+            ValueError: tokens that are not this rank's, or other boundaries than those of the last `shard`.
+
+        Example:
+            >>> cp = ContextParallel(None, layout="zigzag")  # of one rank
+            >>> cp.unshard(cp.shard(torch.arange(6), dim=0), dim=0).tolist()
+            [0, 1, 2, 3, 4, 5]
         """
         with announced(self._recipe.group, x.device):
             check_plain(x)
@@ -283,6 +294,12 @@ class ContextParallel:
 
         Raises:
             ValueError, NotImplementedError: see `core.call.attend`.
+            TypeError: an option that is not known.
+
+        Example:
+            >>> q, k, v = (torch.randn(1, 16, 4, 8) for _ in range(3))
+            >>> ContextParallel(None).attention(q, k, v, window_size=(4, 0)).shape  # of one rank
+            torch.Size([1, 16, 4, 8])
         """
         if torch.compiler.is_compiling():
             settled, rows = self._settled(mask, softmax_scale, cu_seqlens, options)

@@ -79,6 +79,19 @@ def piecewise_attention(
 ) -> Tensor:
     """`wrap_piecewise_attn_func` on ``[B, H, S, D]``: scores ``q2.k2`` at a distance of `dist_threshold` or more, else ``q1.k1``.
 
+    Args:
+        q1, q2: ``[B, H, S, D]``; k1, k2 ``[B, Hk, S, D]``; v ``[B, Hk, S, Dv]``.
+        dist_threshold: tokens.
+        causal: no token sees a later one.
+        sm_scale: factor of the scores; ``D ** -0.5`` where None.
+        process_group: the ranks that each pass a shard; None: this process alone.
+
+    Returns:
+        out ``[B, H, S, Dv]``.
+
+    Raises:
+        ValueError, NotImplementedError: see `wrap_piecewise_attn_func`.
+
     Example:
         >>> q1, k1, q2, k2, v = (torch.randn(1, 4, 16, 8) for _ in range(5))
         >>> piecewise_attention(q1, k1, q2, k2, v, 4, causal=True).shape

@@ -6,6 +6,7 @@ Each has the name, signature and docstring that a user sees in `help`; the code 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,11 @@ def fixed(base: Front, name: str, summary: str, *, causal_only: bool = False, **
             )
         return base(*args, **kwargs, **choices)
 
-    return _named(function, name, summary, base, parameters)
+    function = _named(function, name, summary, base, parameters)
+    for choice in choices:  # are no arguments any more
+        function.__doc__ = re.sub(rf"^    {choice}: .*\n(?:        .*\n)*", "", function.__doc__ or "", flags=re.MULTILINE)
+        function.__doc__ = re.sub(rf"\b{choice},\s+(?=[\w,\s]*: see)", "", function.__doc__)
+    return function
 
 
 def packed(base: Front, what: str) -> Front:
@@ -62,7 +67,20 @@ def packed(base: Front, what: str) -> Front:
         "kv": "[B, L, 2, Hk, D]`` (packed rows: ``[T, 2, Hk, D]``",
         "qkv": "[B, L, 3, H, D]`` (packed rows: ``[T, 3, H, D]``",
     }[what]
-    summary = f"`{base.__name__}` with {what} in one tensor ``{shape})."
-    function = _named(function, name, summary, base, [*first, *rest])
-    function.__doc__ = f"{summary} Everything else is as there."
+    function = _named(function, name, f"`{base.__name__}` with {what} in one tensor ``{shape}).", base, [*first, *rest])
+    function.__doc__ = _stacked(function.__doc__ or "", what)
     return function
+
+
+def _stacked(text: str, what: str) -> str:
+    """A docstring of q, k and v as one of `what` in one tensor: its first argument, and its example."""
+    size = len(what)
+    separate = r"q: ``\[(.*), Hq, D\]``; k .*\."
+    made = r"q, k, v = \(torch\.randn\((.*), (\d+), (\d+)\) for _ in range\(3\)\)"
+    if what == "kv":
+        argument = rf"q: ``[\1, Hq, D]``; kv ``[\1, {size}, Hk, D]``."
+        example = rf"q, kv = torch.randn(\1, \2, \3), torch.randn(\1, {size}, \2, \3)"
+    else:
+        argument, example = rf"qkv: ``[\1, {size}, H, D]``.", rf"qkv = torch.randn(\1, {size}, \2, \3)"
+    text = re.sub(made, example, re.sub(separate, argument, text))
+    return text.replace("(q, k, v, ", "(q, kv, " if what == "kv" else "(qkv, ")

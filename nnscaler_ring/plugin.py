@@ -165,7 +165,13 @@ def shuffle_varlen(
 def unshuffle_varlen(
     t: Tensor, cu_seqlens_padded: Tensor, cp_ranks: Sequence[int] | None = None, cp_group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """The inverse of `shuffle_varlen`."""
+    """The inverse of `shuffle_varlen`, of the same arguments.
+
+    Example:
+        >>> import torch
+        >>> unshuffle_varlen(torch.arange(4.0).view(4, 1), torch.tensor([0, 4], dtype=torch.int32)).flatten().tolist()
+        [0.0, 1.0, 2.0, 3.0]
+    """
     return _shuffle(t, cu_seqlens_padded, cp_ranks, cp_group, back=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import inspect
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -154,7 +155,12 @@ def test_documented_under_its_own_name(path: str) -> None:
     assert len(function.__doc__.splitlines()[0]) > 20
     examples = [each for each in doctest.DocTestFinder(recurse=False).find(function, name) if each.examples]
     if inspect.isfunction(function):
-        assert examples or "Everything else is as there." in function.__doc__, "no example"
+        assert examples, "no example"
+        listed = re.findall(
+            r"^ {4}(\w[\w, ]*): ", (inspect.getdoc(function) or "").partition("Args:")[2].partition("\n\n")[0], flags=re.MULTILINE
+        )
+        named = {each.strip() for line in listed for each in line.split(",")}
+        assert named <= {*inspect.signature(function).parameters}, "describes what is no argument"
     runner = doctest.DocTestRunner(verbose=False)
     for each in examples:
         each.globs.update({"torch": torch, name: function, "dist": torch.distributed, **vars(nnscaler_ring), **vars(core)})

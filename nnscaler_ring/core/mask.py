@@ -30,7 +30,12 @@ NO_LIMIT = 1 << 40
 
 
 class Slice(NamedTuple):
-    """One band slice: queries ``[q0, q1)`` see keys ``[k0, k1)`` where ``lo <= j - i <= hi``."""
+    """One band slice: queries ``[q0, q1)`` see keys ``[k0, k1)`` where ``lo <= j - i <= hi``; no limit where none is given.
+
+    Example:
+        >>> Mask([Slice(0, 4, 0, 4, hi=0)], 4).pairs  # causal
+        10
+    """
 
     q0: int
     q1: int

@@ -205,7 +205,14 @@ def update_out_and_lse(
 
 
 def flatten_varlen_lse(lse: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Padded ``[documents, H, max_seqlen]`` log-sum-exp -> packed ``[H, T]``.
+    """Padded log-sum-exp -> packed.
+
+    Args:
+        lse: ``[documents, H, max_seqlen]``.
+        cu_seqlens: int32 ``[documents + 1]``, boundaries of the documents in the packed row.
+
+    Returns:
+        ``[H, T]``, of the same dtype.
 
     Example:
         >>> flatten_varlen_lse(torch.arange(6.0).reshape(2, 1, 3), torch.tensor([0, 1, 4])).tolist()
@@ -216,7 +223,15 @@ def flatten_varlen_lse(lse: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def unflatten_varlen_lse(lse: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Packed ``[T, H, 1]`` or ``[T, H]`` log-sum-exp -> padded ``[documents, H, max_seqlen]``, ``-inf`` in the padding.
+    """Packed log-sum-exp -> padded.
+
+    Args:
+        lse: ``[T, H, 1]`` or ``[T, H]``.
+        cu_seqlens: int32 ``[documents + 1]``, boundaries of the documents in the packed row.
+        max_seqlen: tokens of the longest document, at least.
+
+    Returns:
+        ``[documents, H, max_seqlen]``, of the same dtype, ``-inf`` in the padding.
 
     Example:
         >>> unflatten_varlen_lse(torch.arange(4.0).reshape(4, 1), torch.tensor([0, 1, 4]), 3).tolist()

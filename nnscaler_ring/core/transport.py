@@ -290,9 +290,15 @@ class RingComm:
         RuntimeError: `commit` twice without `wait`, or `wait` without `commit`.
 
     Example:
-        >>> dist.is_initialized()
-        False
-        >>> # comm = RingComm(None); k1, v1 = comm.send_recv_kv(k, v); compute(k, v); comm.wait(); k, v = k1, v1
+        >>> def on_each_rank(k, v, compute):
+        ...     comm = RingComm()
+        ...     for step in range(comm.world_size):
+        ...         if step + 1 < comm.world_size:
+        ...             next_k, next_v = comm.send_recv_kv(k, v)
+        ...         compute(k, v)
+        ...         if step + 1 < comm.world_size:
+        ...             comm.wait()
+        ...             k, v = next_k, next_v
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -347,6 +353,16 @@ class AllGatherComm:
 
     Args:
         group: the process group; None: the default group.
+
+    Raises:
+        ValueError: a group that this process is not in.
+
+    Example:
+        >>> def on_each_rank(k):
+        ...     comm, everything = AllGatherComm(), k.new_empty(dist.get_world_size() * k.shape[0], *k.shape[1:])
+        ...     comm.all_gather(everything, k)
+        ...     comm.wait()
+        ...     return everything
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:

@@ -292,6 +292,13 @@ class Attention:
         Raises:
             ValueError: no tokens, fewer than ranks; tensors that do not fit, or that are none of these; a mask with padding that is
                 not at the end; labels on padding.
+
+        Example:
+            >>> attention = Attention(ContextParallel(None))  # of one rank
+            >>> row = torch.tensor([[5, 6, 7]])
+            >>> batch = attention.shard_batch({"input_ids": row, "labels": row})
+            >>> batch["shift_labels"].tolist(), batch["position_ids"].tolist()
+            ([[6, 7, -100]], [[0, 1, 2]])
         """
         cp = self.target
         if not isinstance(cp, ContextParallel):
@@ -405,8 +412,16 @@ def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
     """The loss of this rank's tokens, of a batch that `Attention.shard_batch` made: what a model returns as ``loss``.
 
     Args:
-        logits: ``[B, L, vocabulary]``.
+        logits: ``[B, L, vocabulary]``; taken to fp32.
         batch: with ``shift_labels`` ``[B, L]`` and ``num_items_in_batch``.
+
+    Returns:
+        a scalar, fp32; its mean over the ranks is the loss of one device.
+
+    Example:
+        >>> batch = {"shift_labels": torch.tensor([[1, 0, -100]]), "num_items_in_batch": 2.0}
+        >>> round(next_token_loss(torch.zeros(1, 3, 2), batch).item(), 4)
+        0.6931
     """
     losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch["shift_labels"].flatten(), reduction="sum")
     return losses / batch["num_items_in_batch"]
