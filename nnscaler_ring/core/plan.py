@@ -142,7 +142,10 @@ def _direct(mask: Mask, q: Layout, k: Layout, rank: int, route: Route) -> RankPl
     readers = np.unique(wanted[:, 0])
     breaks = np.repeat(readers, len(runs)), np.tile(runs, len(readers))
     send = _in_parts(*union(wanted[:, 0], wanted[:, 2], wanted[:, 3], breaks))
-    receive, own = _in_parts(origin[others], start[others], end[others]), np.column_stack([lo, hi, start, end])[~others]
+    receive, own = (
+        _in_parts(origin[others], start[others], end[others]),
+        _end_to_end(np.column_stack([lo, hi, start, end])[~others]),
+    )
     q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
     bands = mine[:, 2:].copy()
     bands[late] = _in_buffer(mine[late], buffer)
@@ -179,6 +182,15 @@ def _buffer(reads: np.ndarray, k: Layout) -> np.ndarray:
         buffer = buffer[np.argsort(_position(k, buffer[:, 0], buffer[:, 1]), kind="stable")]
     sizes = buffer[:, 2] - buffer[:, 1]
     return np.column_stack([buffer, np.cumsum(sizes) - sizes])
+
+
+def _end_to_end(own: np.ndarray) -> np.ndarray:
+    """Rows ``(lo, hi, start, end)`` with neighbours in both places made one."""
+    if not len(own):
+        return own
+    first = np.flatnonzero(np.append(True, (own[1:, 0] != own[:-1, 1]) | (own[1:, 2] != own[:-1, 3])))
+    last = np.append(first[1:], len(own)) - 1
+    return np.column_stack([own[first, 0], own[last, 1], own[first, 2], own[last, 3]])
 
 
 def _position(k: Layout, rank: np.ndarray, row: np.ndarray) -> np.ndarray:

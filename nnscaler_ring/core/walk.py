@@ -196,9 +196,9 @@ def _fetch(plan: RankPlan, t: int, memory: KV | None, own: KV) -> Generator[Exch
     outbox = [(m.peer, sent(m.rows)) for m in send]
     del sent
     wait = yield _exchange(outbox, [(m.peer, x) for m, x in inbox], own.keys.device)
-    if len(step.own):
-        for x, part in zip(buffer, own.take(step.own[:, :2]), strict=True):
-            put(x, step.own[:, 2:], part)
+    for mine, there in _in_pieces(step.own):
+        for x, part in zip(buffer, own.take(mine), strict=True):
+            put(x, there, part)
 
     def arrived() -> KV:
         wait()
@@ -217,8 +217,8 @@ def _send_home(
     """Start sending the gradients of step `t`'s rows to whoever holds them next, or home; returns how to add what arrives."""
     step, onward = plan.steps[t], plan.steps[t + 1 : t + 2]
     home_send, home_receive = _pieces(step.home_send), _pieces(step.home_receive)
-    if len(step.own):
-        home.add(step.own[:, :2], grads.take(step.own[:, 2:]))
+    for mine, there in _in_pieces(step.own):
+        home.add(mine, grads.take(there))
     send = [*home_send, *(m for s in onward for m in s.send)]
     to_home = [(m, grads.empty(m.size, wire)) for m in home_receive]
     to_next = [(m, grads.empty(m.size, wire)) for s in onward for m in s.receive]
@@ -234,6 +234,12 @@ def _send_home(
             following.add(message.rows + at, rows)
 
     return settle
+
+
+def _in_pieces(own: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Own rows and where a buffer has them, one interval after the other, which are copied once; many at once by an index."""
+    pieces = [own] if len(own) > MANY else [own[n : n + 1] for n in range(len(own))]
+    return ((piece[:, :2], piece[:, 2:]) for piece in pieces)
 
 
 def _pieces(messages: Sequence[Message]) -> list[Message]:
