@@ -58,11 +58,14 @@ class Layer(nn.Module):
         self.o = nn.Linear(DIM, DIM, bias=False)
         if attention == "sinks":
             self.sink = nn.Parameter(torch.randn(HEADS))
+        if attention == "adapted":
+            self.wide, self.narrow = nn.Parameter(torch.randn(DIM, 2)), nn.Parameter(torch.randn(2, DIM))
         self.gate, self.up, self.down = nn.Linear(DIM, 24), nn.Linear(DIM, 24), nn.Linear(24, DIM)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         h = self.norm1(x)
-        q = self.q(h).view(BATCH, -1, HEADS, DIM // HEADS)
+        q = nn.functional.linear(h, self.q.weight + self.wide @ self.narrow) if self.attention == "adapted" else self.q(h)
+        q = q.view(BATCH, -1, HEADS, DIM // HEADS)
         k = self.k(h).view(BATCH, -1, self.heads_k, DIM // HEADS)
         v = self.v(h).view(BATCH, -1, self.heads_k, DIM // HEADS)
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
@@ -84,7 +87,7 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """Two layers; a summed loss over the tokens."""
 
-    attention, heads_k = "ring", HEADS_K
+    attention, heads_k, times = "ring", HEADS_K, 1
 
     @staticmethod
     def inputs(seed: int) -> dict[str, Tensor]:
@@ -101,7 +104,7 @@ class Llama(nn.Module):
         angles = positions.unsqueeze(-1) * 0.3
         cos, sin = (torch.cat((x, x, x, x), 2).unsqueeze(2).to(self.norm.weight.dtype) for x in (angles.cos(), angles.sin()))
         x = self.embed(tokens)
-        for layer in self.layers:
+        for layer in [*self.layers] * self.times:
             x = layer(x, cos, sin)
         return summed_cross_entropy(self.head(self.norm(x)), labels) / (BATCH * SEQ)
 
@@ -118,6 +121,18 @@ class Sinks(Llama):
     """A parameter that attention reads itself, and a scale that is computed from a shape."""
 
     attention = "sinks"
+
+
+class Adapted(Llama):
+    """A weight that is computed from others (LoRA)."""
+
+    attention = "adapted"
+
+
+class Twice(Llama):
+    """Weights that are read by several ops."""
+
+    times = 2
 
 
 class Zigzag(Llama):
@@ -277,6 +292,7 @@ ON_TWO = [
     Run(dtype=torch.bfloat16),
 ]
 
+BOTH_ORDERS = [{"sequence": 2, "heads": 2}, {"heads": 2, "sequence": 2}]
 ON_FOUR = [
     Run(plan=4),
     Run(Ordered, plan=4),
@@ -288,6 +304,7 @@ ON_FOUR = [
     Run(Sinks, plan=4, parts={"sequence": 2}),
     Run(Sinks, plan=4, parts={"batch": 2}),
     Run(Sinks, plan=4, parts={"heads": 2, "sequence": 2}),
+    *(Run(model, plan=4, parts=parts) for model in (Adapted, Twice) for parts in BOTH_ORDERS),
     Run(Packed, plan=4),
     Run(Packed, plan=4, parts={"sequence": 2}),
     Run(Packed, plan=4, parts={"sequence": 2, "heads": 2}),

@@ -111,12 +111,13 @@ def _apply(graph: Any, config: Any, parts: Mapping[str, int]) -> Any:
             _let_sums_be_planned(stage)
     of_stage = [[n for n in stage.select(ntype=IRFwOperation) if not isinstance(n, IRGraphAnchor)] for stage in stages]
     plans = follow([node for nodes in of_stage for node in nodes], parts)
+    weights = _weights([node for nodes in of_stage for node in nodes])
     for stage, nodes in enumerate(of_stage):
         for node in nodes:
             if node.name != "multiref" and not isinstance(node, IRPyFunc):  # nnscaler places these itself
-                _place(graph, node, parts, plans.get(id(node), {}), range(stage * devices, (stage + 1) * devices))
+                _place(graph, node, parts, plans.get(id(node), {}), range(stage * devices, (stage + 1) * devices), weights)
     for node in graph.select(ntype=IRDataOperation):
-        _place(graph, node, {}, {}, range(config.plan_ngpus))
+        _place(graph, node, {}, {}, range(config.plan_ngpus), weights)
     if len(stages) > 1:
         scheduler = config.pas_config.get("pipeline_scheduler", "1f1b")
         config.apply_pipeline_scheduler(graph, len(stages), config.pas_config["pipeline_nmicros"], scheduler)
@@ -166,11 +167,24 @@ def _is_at(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def _place(graph: Any, node: Any, parts: Mapping[str, int], plan: Mapping[str, tuple[int, int]], devices: range) -> None:
+def _weights(nodes: Sequence[Any]) -> set[int]:
+    """The parameters, by the ids of the whole tensors, and what is made of parameters alone, as weights that are read twice."""
+    found: set[int] = set()
+    for node in nodes:
+        given = [x for x in node.inputs() if _is_tensor(x)]
+        found |= {x.parent.tid for x in given if x.is_param()}
+        if given and all(x.parent.tid in found for x in given):
+            found |= {x.parent.tid for x in node.outputs() if _is_tensor(x)}
+    return found
+
+
+def _place(
+    graph: Any, node: Any, parts: Mapping[str, int], plan: Mapping[str, tuple[int, int]], devices: range, weights: set[int]
+) -> None:
     """Partition or replicate a node step by step, and assign the pieces to ascending devices."""
     steps = {name: num if name in plan else 1 for name, num in parts.items()}
     if node.signature not in (*_ENTRIES, _ROWS):
-        steps = _spread(node, steps, plan, len(devices))
+        steps = _spread(node, steps, plan, len(devices), weights)
     pieces = [node]
     for name in parts:
         if steps.get(name, 1) > 1:
@@ -181,13 +195,15 @@ def _place(graph: Any, node: Any, parts: Mapping[str, int], plan: Mapping[str, t
         graph.assign(piece, device)
 
 
-def _spread(node: Any, steps: Mapping[str, int], plan: Mapping[str, tuple[int, int]], devices: int) -> dict[str, int]:
+def _spread(
+    node: Any, steps: Mapping[str, int], plan: Mapping[str, tuple[int, int]], devices: int, weights: set[int]
+) -> dict[str, int]:
     """The same steps, changed so that nnscaler can sum the gradients of the node's weights.
 
     It sums a weight's gradient over all devices or over none: the readers of a weight are all pieces or all replicas, and a weight
     that is cut itself is cut by nothing else. So one step takes what is left of the devices; other tensors are exchanged for it.
     """
-    weights = {x.parent.tid for x in node.inputs() if _is_tensor(x) and x.is_param()}
+    weights = {x.parent.tid for x in node.inputs() if _is_tensor(x) and x.parent.tid in weights}
     steps = {name: num for name, num in steps.items() if num > 1}
     splits = {name: _splits(node, *plan[name], num) or () for name, num in steps.items()}
     cutting = [name for name, each in splits.items() if any(tid in weights and dim is not None for tid, dim in each)]
