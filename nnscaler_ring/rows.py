@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from .core.heads import deal, teams
 from .core.layout import Layout
 from .core.mask import Mask
 from .core.plan import ALL_TO_ALL, plan
 from .core.scaling import NETWORKS, SPEEDS, Report, Shape, Timeline, best_transport, head_bytes, rank_pairs, report, timeline
 from .core.steps import Message, RankPlan, among
+from .core.teams import deal, teams
 from .pictures import Column, figures, tokens
 
 

@@ -23,10 +23,10 @@ from nnscaler_ring import __version__, cli, pictures
 from nnscaler_ring.cli import EXAMPLES, main
 from nnscaler_ring.core import layouts, mask, scaling
 from nnscaler_ring.core.cost import tiles
-from nnscaler_ring.core.heads import teams
 from nnscaler_ring.core.kernels import KERNELS
 from nnscaler_ring.core.plan import ALL_TO_ALL, TRANSPORTS, plan, plans
 from nnscaler_ring.core.scaling import NETWORKS, SPEEDS, Shape
+from nnscaler_ring.core.teams import teams
 from nnscaler_ring.rows import size
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -10,7 +10,6 @@ import torch
 
 from nnscaler_ring.core import passes
 from nnscaler_ring.core.chains import rows_needed
-from nnscaler_ring.core.heads import deal, teams
 from nnscaler_ring.core.layouts import LAYOUTS, build
 from nnscaler_ring.core.mask import Mask
 from nnscaler_ring.core.mask import build as build_mask
@@ -28,6 +27,7 @@ from nnscaler_ring.core.scaling import (
     report,
     timeline,
 )
+from nnscaler_ring.core.teams import deal, teams
 from tests import oracle
 from tests.shapes import KINDS, WORLDS, random_mask
 

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .agree import asked, check_alike
 from .device import sum_dtype
-from .heads import deal, teams
 from .layouts import looks_at_documents, shown
 from .passes import Extras, Job, backward, forward, inner_of, job_of
 from .recipe import Recipe, content, layout_of
+from .teams import deal, teams
 from .transport import Transport, transport_of
 
 

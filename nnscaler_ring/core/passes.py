@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import kernels
 from .device import on_device, sum_dtype
-from .heads import Pack, Team, team_of, teams, to_heads, to_tokens
+from .heads import Pack, to_heads, to_tokens
 from .held import at_once
 from .kernels import Case, Grad, Kernel, Scores
 from .layout import Layout
@@ -26,6 +26,7 @@ from .recipe import Recipe, content, layout_of, mask_of
 from .scaling import Shape, machine_of, row_transport
 from .steps import RankPlan, Step, among
 from .sums import Whole
+from .teams import Team, team_of, teams
 from .transport import Exchange, LocalTransport, Transport, Wait, transport_of
 from .walk import KVSums, Visit, staggered, walk
 

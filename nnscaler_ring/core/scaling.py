@@ -16,12 +16,12 @@ import numpy as np
 
 from .chains import rows_needed
 from .cost import TILE, step_tiles, tiles
-from .heads import Share, deal, teams
 from .intervals import overlaps
 from .layout import PACKINGS, Layout
 from .mask import Mask, ramp
 from .plan import ALL_TO_ALL, choose, plan, rows_given, rows_sent
 from .steps import RankPlan, Step
+from .teams import Share, deal, teams
 
 
 @dataclass(frozen=True)
