@@ -230,7 +230,7 @@ class ContextParallel:
             >>> cp.unshard(cp.shard(torch.arange(6), dim=0), dim=0).tolist()
             [0, 1, 2, 3, 4, 5]
         """
-        with announced(self._recipe.group, x.device):
+        with announced(self._recipe.group, x):
             check_plain(x)
             check_differentiable(x)
             self._check_documents(cu_seqlens)
@@ -307,7 +307,7 @@ class ContextParallel:
             if rows.seq_len is None:
                 self._check_even(q.shape[q.dim() - 3], self._last_uneven)
             return attend(q, k, v, self._recipe, settled, rows)
-        with announced(self._recipe.group, q.device):
+        with announced(self._recipe.group, q):
             settled, rows = self._settled(mask, softmax_scale, cu_seqlens, options)
             check_plain(q, k, v)
             check_qkv(q, k, v)

@@ -87,13 +87,19 @@ def refuse_anything(rank: int, world_size: int) -> list[str]:
         with mock.patch.dict("os.environ", {VARIABLE: "1"}), pytest.raises((ValueError, TypeError)) as told:
             cp.attention(*qkv(), **given)
         said.append(str(told.value))
+    q, k, v = qkv()
+    for call in (lambda: cp.attention(q if rank == 0 else None, k, v), lambda: cp.unshard(q if rank == 0 else None, 1)):
+        with mock.patch.dict("os.environ", {VARIABLE: "1"}), pytest.raises((ValueError, AttributeError)) as none:
+            call()
+        said.append(str(none.value))
     return said
 
 
 def test_whatever_one_rank_refuses_is_told_to_the_others(ranks: Any) -> None:
     waiting, refusing = ranks(2).run(refuse_anything)
     assert set(waiting) == {"rank 1 refused the arguments of this call: the error there says why"}
-    for message, word in zip(refusing, ("banana", "cu_seqlens", "softmax_scale", "softcap", "alibi_slopes"), strict=True):
+    words = ("banana", "cu_seqlens", "softmax_scale", "softcap", "alibi_slopes", "None", "None")
+    for message, word in zip(refusing, words, strict=True):
         assert word in message
 
 

@@ -152,7 +152,6 @@ class TestAutodist:
 TRACE = """
 import resource, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 from tests.test_nnscaler_autodist import generated, pas_sequence
 start = time.process_time()
 codes = generated(Path(sys.argv[1]), pas_sequence, 8, 65536)

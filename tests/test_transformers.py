@@ -27,7 +27,8 @@ from nnscaler_ring import ContextParallel, substitute_hf_flash_attn, update_ring
 from nnscaler_ring.core import layouts
 from nnscaler_ring.core.agree import VARIABLE
 from nnscaler_ring.integrations import families, substitute
-from nnscaler_ring.integrations.transformers import Attention, next_token_loss, refuse_masks, register, registered
+from nnscaler_ring.integrations import transformers as transformers_integration
+from nnscaler_ring.integrations.transformers import Attention, _check_order, next_token_loss, refuse_masks, register, registered
 from tests.test_options import Watch
 
 transformers = pytest.importorskip("transformers", "4.48", reason="needs transformers >= 4.48")
@@ -257,7 +258,10 @@ def from_positions(rank: int, world_size: int) -> None:
     told = torch.tensor([0, 9, 20, 24], dtype=torch.int32)
     close("logits of what is told twice", model(**mine, cu_seq_lens_q=told, use_cache=False).logits, logits)
     halves = {name: x.chunk(2, 1)[rank] for name, x in row.items() if name in mine}  # of another layout
-    for cu, given, message in ((told, halves, "neither go on by 1"), (told[[0, 3]], mine, r"begin anew at \[9, 20\]")):
+    for cu, given, message in (
+        (told, halves, "fall from 5 to 3 inside"),
+        (told[[0, 3]], mine, "fall from 8 to 0 inside a document"),
+    ):
         with pytest.raises(ValueError, match=message):
             model(**given, cu_seq_lens_q=cu, use_cache=False)
     for layout in ("zigzag", "contiguous", "stripe"):  # without positions a model counts each rank's tokens from 0
@@ -269,6 +273,15 @@ def from_positions(rank: int, world_size: int) -> None:
 
 def test_documents_from_positions(ranks: Any) -> None:
     ranks(2).run(from_positions)
+
+
+def test_positions_beside_boundaries() -> None:
+    """They may begin anywhere, jump, and differ by row; what falls inside a document is of another order, but for padding."""
+    cu = np.array([0, 3, 8])
+    _check_order(np.array([[2, 3, 4, 0, 2, 4, 7, 8], [0, 1, 2, 5, 6, 0, 0, 0]]), cu)
+    for wrong in ([0, 1, 2, 0, 3, 1, 2, 4], [0, 1, 2, 0, 1, 0, 1, 2]):
+        with pytest.raises(ValueError, match="inside a document of cu_seq_lens_q, at token"):
+            _check_order(np.array([[0, 1, 2, 0, 1, 2, 3, 4], wrong]), cu)
 
 
 def other_rows(rank: int, world_size: int) -> list[str]:
@@ -284,6 +297,11 @@ def other_rows(rank: int, world_size: int) -> list[str]:
                 said.append("")
             except ValueError as why:
                 said.append(str(why))
+    count: Any = 3 if rank else torch.tensor(3, dtype=torch.int32)
+    with mock.patch.dict("os.environ", {VARIABLE: "1"}):
+        assert attention.shard_batch({**row, "num_items_in_batch": count})["num_items_in_batch"] == 1.5
+        with mock.patch.object(transformers_integration, "get_worker_info", return_value=1):  # which talks to nobody
+            attention.shard_batch({"input_ids": own})
     return said
 
 
@@ -513,9 +531,6 @@ def test_what_layers_ask_in_vain() -> None:
         attention(layer, q, q, q, None, output_attentions=True)
     with pytest.raises(NotImplementedError, match="the routers' loss"):
         attention(layer, q, q, q, None, output_router_logits=True)
-    with pytest.raises(ValueError, match=r"begin anew at \[3\]"):
-        positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
-        attention(layer, q, q, q, None, position_ids=positions, cu_seq_lens_q=torch.tensor([0, 6], dtype=torch.int32))
     with pytest.raises(NotImplementedError, match="without a causal mask"):
         attention(layer, q, q, q, None, is_causal=False, sliding_window=3)
     with pytest.raises(NotImplementedError, match="position_ids of shape"):

@@ -48,7 +48,7 @@ def constant(name: str, value: Any) -> Any:
     if not tracing():
         return value
     proxies, original = (sys.modules[f"nnscaler.graph.tracer.{module}"] for module in ("concrete_proxy", "orig_func"))
-    parts = value if original.isinstance(value, original.tuple) else (value,)
+    parts = value if original.isinstance(value, (original.tuple, original.list)) else (value,)
     for part in parts:
         if original.isinstance(part, proxies.ConcreteProxy):
             if name != "softmax_scale" or original.isinstance(part.value, Tensor):

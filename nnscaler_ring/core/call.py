@@ -39,7 +39,8 @@ Result = Tensor | tuple[Tensor, Tensor, None]
 
 
 def _is_number(x: object) -> bool:
-    return isinstance(x, (Real, torch.SymInt, torch.SymFloat)) or (isinstance(x, Tensor) and x.numel() == 1)
+    one = (isinstance(x, Tensor) and x.numel() == 1) or (isinstance(x, np.ndarray) and x.size == 1)
+    return one or isinstance(x, (Real, torch.SymInt, torch.SymFloat))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,19 +332,22 @@ def check(
     Returns:
         The whole recipe, the numbers of query and key tokens of the whole sequence, and the tables ``cu_q, cu_k, slices``.
     """
-    with announced(recipe.group, q.device):
+    with announced(recipe.group, q):
         return _checked(q, k, v, recipe, options, rows)
 
 
 @contextmanager
-def announced(group: str, device: torch.device) -> Iterator[None]:
-    """What is refused here is told to the ranks of the group that may not find it, and wait for this rank's word, if asked for."""
+def announced(group: str, tensor: object = None) -> Iterator[None]:
+    """What is refused here is told to the ranks of the group that may not find it, and wait for this rank's word, if asked for.
+
+    Ranks meet where a tensor of the call is, of which this may be none.
+    """
     try:
         yield
     except Exception:
         if asked():
             with suppress(ValueError):
-                check_alike(transport_of(group), "", {}, device)
+                check_alike(transport_of(group), "", {}, getattr(tensor, "device", torch.device("cpu")))
         raise
 
 

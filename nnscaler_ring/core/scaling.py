@@ -182,10 +182,11 @@ def step_bytes(rank: RankPlan, t: int, shape: Shape, at_once: int, backward: boo
     merged = sum(int((b[:, 1] - b[:, 0])[b[:, 2] == 0].sum()) for b in (calls.blocks for calls in step.calls))
     moved = merged * shape.batch * shape.heads * (shape.dim if backward else shape.dim_v) * (shape.element + total)
     if backward and t:
-        home = sum(m.size for m in step.home_receive)
+        home, own = sum(m.size for m in step.home_receive), int((step.own[:, 1] - step.own[:, 0]).sum())
         came = sum(m.size for s in rank.steps[t + 1 : t + 2] for m in s.receive)
         width = shape.batch * shape.heads_k * (shape.dim + shape.dim_v)
         moved += step.size * (shape.row + 4 * width) + came * shape.gradient_row + home * (shape.gradient_row + total * width)
+        moved += own * (4 + total) * width
     return moved
 
 

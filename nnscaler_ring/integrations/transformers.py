@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from hashlib import sha256
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import get_worker_info
 
 from ..annotations import nnscaler
+from ..annotations.dtensor import local
 from ..context import ContextParallel
 from ..core.agree import asked, check_alike
 from ..core.call import announced, host_table
@@ -30,8 +33,6 @@ from . import families
 
 IGNORED = -100
 """The label of a token without a loss."""
-
-_HOST = torch.device("cpu")
 
 REMEMBERED = 16
 """Tensors that told of documents and are remembered, two a batch of `shard_batch`."""
@@ -201,7 +202,7 @@ class Attention:
 
         What a batch says that `shard_batch` did not make is looked at in the `first` layer, once a forward pass.
         """
-        cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+        cu_seqlens, position_ids = local(kwargs.get("cu_seq_lens_q")), kwargs.get("position_ids")
         if torch.compiler.is_compiling():
             if cu_seqlens is None:
                 raise NotImplementedError("documents under torch.compile: pass cu_seq_lens_q, as shard_batch does")
@@ -253,8 +254,10 @@ class Attention:
             raise NotImplementedError(f"position_ids of shape {tuple(position_ids.shape)} for {tokens} tokens. {_TOLD}")
         cp = self.target
         if not isinstance(cp, ContextParallel) or cp.world_size == 1:
+            if cu_seqlens is not None:
+                return cu_seqlens
             whole = position_ids.full_tensor() if isinstance(position_ids, DTensor) else position_ids
-            return torch.from_numpy(_boundaries(cu_seqlens, whole.cpu(), whole.shape[1]))
+            return torch.from_numpy(_starts(whole.cpu().numpy()))
         documents = None if cu_seqlens is None else self._told(cu_seqlens)
         length = None if cu_seqlens is None else int(cu_seqlens[-1])
         if length is None and tokens in cp._uneven:
@@ -262,13 +265,15 @@ class Attention:
                 f"ranks have had different numbers of tokens, so {tokens} here may be of several lengths: pass cu_seq_lens_q, "
                 f"[0, S] for one sequence. {_TOLD}"
             )
-        whole = cp.unshard(position_ids.contiguous(), 1, cu_seqlens=documents, seq_len=length).cpu()
-        row = whole.numpy()
+        row = cp.unshard(position_ids.contiguous(), 1, cu_seqlens=documents, seq_len=length).cpu().numpy()
         held = [cp._layout(row.shape[1], documents).positions(rank) for rank in range(cp.world_size)]
         begins = set() if cu_seqlens is None else set(cu_seqlens.tolist())
         if all((row[0][at] == np.arange(len(at))).all() for at in held) and not {int(at[0]) for at in held} <= begins:
             raise ValueError(_UNTOLD.format(tokens - 1))
-        return torch.from_numpy(_boundaries(cu_seqlens, whole, row.shape[1]))
+        if cu_seqlens is None:
+            return torch.from_numpy(_starts(row))
+        _check_order(row, cu_seqlens.numpy())
+        return cu_seqlens
 
     def shard_batch(
         self, batch: Mapping[str, Any], cu_seqlens: Tensor | None = None, device: torch.device | str | None = None
@@ -304,7 +309,8 @@ class Attention:
         if not isinstance(cp, ContextParallel):
             raise ValueError(f"{self!r} takes whole batches: pass it a ContextParallel to cut them")
         self._check_name()
-        with announced(cp._recipe.group, _HOST):
+        aside = get_worker_info() is not None  # a loader's process, which does not talk to other ranks
+        with nullcontext() if aside else announced(cp._recipe.group):
             whole = _checked({name: x for name, x in batch.items() if x is not None})
             tokens = whole[next(name for name in TOKENS if name in whole)]
             length = tokens.shape[1]
@@ -312,7 +318,7 @@ class Attention:
                 raise ValueError("cu_seq_lens_q in the batch and cu_seqlens: give one")
             if "cu_seq_lens_k" in whole and not _alike(whole["cu_seq_lens_k"], whole.get("cu_seq_lens_q", cu_seqlens)):
                 raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: tokens see their own documents; give one")
-            mask, positions = whole.get("attention_mask"), whole.get("position_ids")
+            mask, positions, items = (whole.get(name) for name in ("attention_mask", "position_ids", "num_items_in_batch"))
             cu = _boundaries(whole.get("cu_seq_lens_q", cu_seqlens), positions, length)
             table = torch.from_numpy(cu)
             documents = self._told(table)
@@ -320,10 +326,10 @@ class Attention:
             if not counts.all():
                 raise ValueError(f"a row of {length} tokens gives the ranks {counts.tolist()}: models take one or more each")
             following = None if "labels" not in whole else _next_labels(whole["labels"], cu, mask)
-        if asked():
-            facts = {f"{name} of the batch": _content(whole.get(name)) for name in (*TOKENS, *ROWS)}
-            facts |= {"the boundaries of the documents": cu.tolist(), "num_items_in_batch": whole.get("num_items_in_batch")}
-            check_alike(transport_of(cp._recipe.group), "what cuts a batch", facts, _HOST)
+        if asked() and not aside:
+            facts: dict[str, object] = {f"{name} of the batch": _content(whole.get(name)) for name in (*TOKENS, *ROWS)}
+            facts |= {"the boundaries of the documents": cu.tolist(), "num_items_in_batch": None if items is None else float(items)}
+            check_alike(transport_of(cp._recipe.group), "what cuts a batch", facts, torch.device("cpu"))
         self._padded |= mask is not None and not bool(mask.all())
         out = {name: x for name, x in whole.items() if name not in PARTS}
         out |= {name: cp.shard(whole[name], 1, cu_seqlens=documents).to(device) for name in TOKENS if name in whole}
@@ -340,8 +346,8 @@ class Attention:
             out["shift_labels"] = cp.shard(following, 1, cu_seqlens=documents).to(device)
             if _takes_shift_labels():
                 out["labels"] = out["shift_labels"]
-            items = whole.get("num_items_in_batch", (following != IGNORED).sum())
-            out["num_items_in_batch"] = max(float(items), 1.0) / cp.world_size  # no tensor: mixed precision would round it
+            count = (following != IGNORED).sum() if items is None else items
+            out["num_items_in_batch"] = max(float(count), 1.0) / cp.world_size  # no tensor: mixed precision would round it
         return out
 
 
@@ -470,6 +476,21 @@ def _boundaries(cu_seqlens: Tensor | None, positions: Tensor | None, length: int
     if positions is None:
         return np.array([0, length])
     return _starts(positions.cpu().numpy())
+
+
+def _check_order(positions: np.ndarray, cu_seqlens: np.ndarray) -> None:
+    """ValueError where positions fall inside a document, but for padding at its end, where all are alike.
+
+    These are then tokens in the order of another layout, or of documents that the boundaries miss.
+    """
+    inside = ~np.isin(np.arange(1, positions.shape[1]), cu_seqlens)
+    for row, at in zip(*np.nonzero((np.diff(positions, axis=1) < 0) & inside), strict=True):
+        rest = positions[row, at + 1 : cu_seqlens[np.searchsorted(cu_seqlens, at + 1, side="right")]]
+        if (rest != rest[0]).any():
+            raise ValueError(
+                f"position_ids fall from {positions[row, at]} to {rest[0]} inside a document of cu_seq_lens_q, at token {at + 1}: "
+                f"give tokens as the layout holds them, and all boundaries. {_TOLD}"
+            )
 
 
 def _starts(positions: np.ndarray) -> np.ndarray:
