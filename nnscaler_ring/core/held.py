@@ -220,6 +220,8 @@ class Held(ABC):
     def _states(self, intervals: np.ndarray) -> np.ndarray:
         """The rows of ordered disjoint intervals in which a kernel puts together what comes now, as in `Place`."""
         assert not self._held, "a kernel gives parts or puts together in place"
+        if not len(intervals):
+            return np.empty((0, 3), dtype=np.int64)
         if not self._placed:
             self._come, self._placed = None if self._come is None else self._come.copy(), True
         first = intervals[0, 0]
