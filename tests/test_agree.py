@@ -60,6 +60,13 @@ def say(rank: int, world_size: int) -> dict[str, str]:
     return said
 
 
+def told(call: Callable[[], object], *kinds: type[Exception]) -> str:
+    """What a rank is told of a call that is refused under the check."""
+    with mock.patch.dict("os.environ", {VARIABLE: "1"}), pytest.raises(kinds or ValueError) as refused:
+        call()
+    return str(refused.value)
+
+
 REFUSED: dict[str, Callable[[int], dict[str, Any]]] = {
     "cu_seqlens": lambda rank: {"cu_seqlens": torch.tensor([0, 5, 16 + 2 * rank], dtype=torch.int32)},
     "learnable_sink": lambda rank: {"learnable_sink": torch.zeros(4 + rank)},
@@ -72,9 +79,9 @@ def refuse(rank: int, world_size: int) -> dict[str, str]:
     said = {}
     for name, of in REFUSED.items():
         for call in (wrap_ring_attn_func, wrap_zigzag_attn_func):  # one attends at once, one moves rows first
-            with mock.patch.dict("os.environ", {VARIABLE: "1"}), pytest.raises(ValueError) as told:
-                call(*qkv(), process_group=dist.group.WORLD, **of(rank))
-            said[f"{name} {call.__name__}"] = str(told.value)
+            said[f"{name} {call.__name__}"] = told(
+                lambda call=call, of=of: call(*qkv(), process_group=dist.group.WORLD, **of(rank))
+            )
     return said
 
 
@@ -83,15 +90,10 @@ def refuse_anything(rank: int, world_size: int) -> list[str]:
     cp, said = ContextParallel(), list[str]()
     empty = torch.zeros(0, dtype=torch.int32)
     for wrong in ({"banana": 1}, {"cu_seqlens": empty}, {"softmax_scale": "a"}, {"softcap": "x"}, {"alibi_slopes": [1.0] * 4}):
-        given = wrong if rank else {}
-        with mock.patch.dict("os.environ", {VARIABLE: "1"}), pytest.raises((ValueError, TypeError)) as told:
-            cp.attention(*qkv(), **given)
-        said.append(str(told.value))
+        said.append(told(lambda wrong=wrong: cp.attention(*qkv(), **(wrong if rank else {})), ValueError, TypeError))
     q, k, v = qkv()
     for call in (lambda: cp.attention(q if rank == 0 else None, k, v), lambda: cp.unshard(q if rank == 0 else None, 1)):
-        with mock.patch.dict("os.environ", {VARIABLE: "1"}), pytest.raises((ValueError, AttributeError)) as none:
-            call()
-        said.append(str(none.value))
+        said.append(told(call, ValueError, AttributeError))
     return said
 
 
@@ -112,9 +114,7 @@ def refuse_boundaries(rank: int, world_size: int) -> list[str]:
         lambda: cp.unshard(torch.ones(1, 8, 2), 1, cu_seqlens=wrong, seq_len=16),
         lambda: cp.attention(*qkv(), "causal" if rank == 0 else "runs from 0 to 18"),
     ):
-        with mock.patch.dict("os.environ", {VARIABLE: "1"}), pytest.raises(ValueError) as told:
-            call()
-        said.append(str(told.value))
+        said.append(told(call))
     return said
 
 

@@ -154,8 +154,9 @@ def ranks_out_of_order(rank: int, world_size: int) -> list[str]:
     for order, placed in (([0, 2, 1, 3], [SEQ]), ([3, 1, 2, 0], [SEQ]), ([[3, 1], [2, 0]], [R, SEQ]), ([[3, 1], [2, 0]], [SEQ, R])):
         mesh = DeviceMesh(device.type, order)
         shards = [distribute_tensor(x, mesh, placed) for x in (truth.q, truth.k, truth.v)]
-        for name in (RING, ZIGZAG):
-            call = lambda name=name, shards=shards: getattr(nnscaler_ring, name)(*shards)  # noqa: E731
+        sink = DTensor.from_local(torch.ones(4, device=device), mesh, [Partial()] * mesh.ndim)  # which would travel first
+        for name, more in ((RING, {}), (ZIGZAG, {"learnable_sink": sink})):
+            call = lambda name=name, more=more, shards=shards: getattr(nnscaler_ring, name)(*shards, **more)  # noqa: E731
             faults += told((order, placed, name), refusal(call, ValueError, ["ascending"]))
     crossed = DeviceMesh(device.type, [[0, 2], [1, 3]], mesh_dim_names=("a", "b"))
     for cut in ("RS", "SB", "HS"):

@@ -20,6 +20,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -286,6 +287,7 @@ def no_faults(faults: Sequence[Sequence[str]]) -> None:
 
 VERBS = ["batch_isend_irecv", "send", "recv", "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single"]
 VERBS += ["all_to_all", "all_to_all_single", "all_gather_object", "broadcast", "reduce_scatter_tensor", "barrier", "new_group"]
+VERBS += ["all_gather_tensor", "permute_tensor"]
 
 
 class Communicated(BaseException):
@@ -296,8 +298,9 @@ class Communicated(BaseException):
 def no_communication() -> Iterator[None]:
     """Fail, at once and without waiting for anybody, where code talks to other ranks."""
     with contextlib.ExitStack() as stack:
-        for verb in filter(lambda verb: hasattr(dist, verb), VERBS):
-            stack.enter_context(mock.patch.object(dist, verb, side_effect=Communicated(verb)))
+        for module, verb in itertools.product((dist, collectives), VERBS):  # the second has those of DTensors
+            if hasattr(module, verb):
+                stack.enter_context(mock.patch.object(module, verb, side_effect=Communicated(verb)))
         yield
 
 

@@ -158,7 +158,10 @@ def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tens
     """
     cut = resolve(spec, q, k, v)
     assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
-    locals_ = []
+    for name, x in extras.items():
+        if isinstance(x, DTensor) and x.device_mesh != cut.mesh:
+            raise ValueError(f"{spec.name}: {name} is on {x.device_mesh}, q, k and v on {cut.mesh}: give one mesh")
+    rings, locals_ = cut.rings, []  # the rings before an extra travels: their mesh may be refused
     for name, x in zip("qkv", (q, k, v), strict=True):
         cut_here = zip(cut.placements(spec, name), x.placements, strict=True)
         grads = [Partial() if wanted.is_shard() and not have.is_shard() else have for wanted, have in cut_here]
@@ -173,7 +176,7 @@ def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tens
         return row, head
 
     mine = {name: None if x is None else _extra(spec, cut, name, x, q) for name, x in extras.items()}
-    out, lse = op(Here(locals_, mine, cut.rings, total, first))
+    out, lse = op(Here(locals_, mine, rings, total, first))
     shape = torch.Size((*q.shape[:-1], v.shape[-1]))
     return _wrap(out, cut, spec, "out", shape), _wrap(lse, cut, spec, "lse", _lse_shape(spec, q))
 
@@ -181,8 +184,6 @@ def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tens
 def _extra(spec: OpSpec, cut: Cut, name: str, x: Tensor, q: Tensor) -> Tensor:
     """The local part of a tensor besides q, k and v, cut with the dims that it shares with q; of one that fits the whole q."""
     dims, size = spec.inputs[name][-x.dim() :], len(cut.dims)
-    if isinstance(x, DTensor) and x.device_mesh != cut.mesh:
-        raise ValueError(f"{spec.name}: {name} is on {x.device_mesh}, q, k and v on {cut.mesh}: give one mesh")
     whole = x if isinstance(x, DTensor) else DTensor.from_local(x, cut.mesh, [Replicate()] * size, run_check=False)
     places: list[Placement] = []
     grads: list[Placement] = []

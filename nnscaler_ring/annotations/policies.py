@@ -203,10 +203,10 @@ def _spread(
     It sums a weight's gradient over all devices or over none: the readers of a weight are all pieces or all replicas, and a weight
     that is cut itself is cut by nothing else. So one step takes what is left of the devices; other tensors are exchanged for it.
     """
-    weights = {x.parent.tid for x in node.inputs() if _is_tensor(x) and x.parent.tid in weights}
+    own = {x.parent.tid for x in node.inputs() if _is_tensor(x)} & weights
     steps = {name: num for name, num in steps.items() if num > 1}
     splits = {name: _splits(node, *plan[name], num) or () for name, num in steps.items()}
-    cutting = [name for name, each in splits.items() if any(tid in weights and dim is not None for tid, dim in each)]
+    cutting = [name for name, each in splits.items() if any(tid in own and dim is not None for tid, dim in each)]
     if len(steps) > len(cutting) > 0:
         steps = {name: num for name, num in steps.items() if name not in cutting}
     left = devices // math.prod(steps.values())
@@ -214,7 +214,7 @@ def _spread(
         idx, dim = plan[name]
         if node.algorithm("dim").satisfy(idx=idx, dim=dim, num=num * left):
             return {**steps, name: num * left}
-    return {} if weights and left > 1 else steps
+    return {} if own and left > 1 else steps
 
 
 def _recompute(graph: Any, config: Any) -> None:

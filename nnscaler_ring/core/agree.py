@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import get_worker_info
 
 from .transport import ProcessTransport, Transport
 
@@ -19,8 +20,8 @@ VARIABLE = "NNSCALER_RING_CHECK"
 
 
 def asked() -> bool:
-    """The environment variable is set, and not to 0."""
-    return os.environ.get(VARIABLE, "0") not in ("", "0")
+    """The environment variable is set, and not to 0; a data loader's worker, which knows no other rank, is not asked."""
+    return os.environ.get(VARIABLE, "0") not in ("", "0") and get_worker_info() is None
 
 
 FACTS = 17

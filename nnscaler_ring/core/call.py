@@ -225,7 +225,7 @@ def _in_graph(
         total_q, total_k = traced(total_q), traced(total_k)
     check_extras(q, options, total_k)
     own = ("group", "layout", "transport", "kernel", "heads_stride", "batch0", "head0", "reduce_dtype")
-    said = {name: getattr(recipe, name) for name in own} | _asked(options)
+    said = {name: getattr(recipe, name) for name in own} | _of_recipe(options)
     left, right = said["window"]
     text = _text(**{**{name: traced(value) for name, value in said.items()}, "window": (traced(left), traced(right))})
     return text, (total_q, total_k), (rows.cu_seqlens_q, rows.cu_seqlens_k, None)
@@ -239,7 +239,7 @@ def whole_lengths(q: Tensor, k: Tensor, group: str, rows: Rows) -> tuple[int, in
     return total_q, shards * k.shape[dim] if seq_len_k is None else seq_len_k
 
 
-def _asked(options: Options) -> dict[str, Any]:
+def _of_recipe(options: Options) -> dict[str, Any]:
     """The part of a recipe that options say, under its names."""
     return {
         "causal": options.causal,
@@ -361,7 +361,7 @@ def _checked(
     for name in ("causal", "deterministic"):
         if isinstance(given := getattr(options, name), str):
             raise ValueError(f"{name}={given!r}: give True or False")
-    recipe = replace(recipe, **{**_asked(options), "window": check_window(options.window_size)})
+    recipe = replace(recipe, **{**_of_recipe(options), "window": check_window(options.window_size)})
     for name, length in (("seq_len", rows.seq_len), ("seq_len_k", rows.seq_len_k)):
         if length is not None and not (isinstance(length, Integral) and length >= 0):
             raise ValueError(f"{name}={length!r}: give a number of tokens")

@@ -11,7 +11,6 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from hashlib import sha256
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import get_worker_info
 
 from ..annotations import nnscaler
 from ..annotations.dtensor import local
@@ -309,8 +307,7 @@ class Attention:
         if not isinstance(cp, ContextParallel):
             raise ValueError(f"{self!r} takes whole batches: pass it a ContextParallel to cut them")
         self._check_name()
-        aside = get_worker_info() is not None  # a loader's process, which does not talk to other ranks
-        with nullcontext() if aside else announced(cp._recipe.group):
+        with announced(cp._recipe.group):
             whole = _checked({name: x for name, x in batch.items() if x is not None})
             tokens = whole[next(name for name in TOKENS if name in whole)]
             length = tokens.shape[1]
@@ -326,7 +323,7 @@ class Attention:
             if not counts.all():
                 raise ValueError(f"a row of {length} tokens gives the ranks {counts.tolist()}: models take one or more each")
             following = None if "labels" not in whole else _next_labels(whole["labels"], cu, mask)
-        if asked() and not aside:
+        if asked():
             facts: dict[str, object] = {f"{name} of the batch": _content(whole.get(name)) for name in (*TOKENS, *ROWS)}
             facts |= {"the boundaries of the documents": cu.tolist(), "num_items_in_batch": None if items is None else float(items)}
             check_alike(transport_of(cp._recipe.group), "what cuts a batch", facts, torch.device("cpu"))
