@@ -33,9 +33,10 @@ from nnscaler_ring.integrations.transformers import Attention, next_token_loss
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", help="a folder or name for from_pretrained; a small Llama of random weights where left out")
-    parser.add_argument("--layout", default="zigzag", help="balanced suits rows of many documents")
-    parser.add_argument("--seq-len", type=int, default=4096, help="tokens of a row")
-    parser.add_argument("--steps", type=int, default=20)
+    layouts = ("contiguous", "zigzag", "stripe", "balanced", "contiguous-per-document", "zigzag-per-document")
+    parser.add_argument("--layout", default="zigzag", choices=layouts, help="balanced suits rows of many documents")
+    parser.add_argument("--seq-len", type=positive, default=4096, help="tokens of a row")
+    parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--fsdp", action="store_true", help="shard the weights too (FSDP2); else each rank has all of them (DDP)")
     options = parser.parse_args()
@@ -43,6 +44,12 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(cleanup_distributed)
         train(options, torch.device(world["device"]), world["world_size"])
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
 
 
 def train(options: argparse.Namespace, device: torch.device, world_size: int) -> None:

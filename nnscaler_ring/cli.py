@@ -57,11 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help(sys.stderr)
             return 2
         options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the shell: print says nothing
+            sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; what is left in the buffer must not fail once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
+    except OSError as why:  # a full disk, a picture that cannot be written
+        parser.error(str(why))
     return 0
 
 
@@ -103,8 +106,12 @@ def _library(parser: argparse.ArgumentParser, option: str, name: str) -> Any:
     """An optional library, or an error that says how to install it."""
     try:
         return import_module(name)
-    except ImportError:
+    except ModuleNotFoundError as why:
+        if why.name != name:
+            parser.error(f"{option} needs {name}, which does not load: {why}")
         parser.error(f"{option} needs {name}: pip install {name}")
+    except ImportError as why:
+        parser.error(f"{option} needs {name}, which does not load: {why}")
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,9 @@ class _Each:
 MOST = 1 << 40
 """The largest number of an option."""
 
+RANKS = 1 << 13
+"""The most ranks: plans take memory for each rank and each piece of the row that ranks hold."""
+
 LONGEST = 1 << 30
 """The most tokens of a row: a count of its pairs fits into an int64 on the way, too."""
 
@@ -159,6 +169,13 @@ def _count(text: str, least: int = 0, allowed: str = "at least 0") -> int:
 def _some(text: str) -> int:
     """A number of at least 1, as `_count`."""
     return _count(text, 1, "at least 1")
+
+
+def _ranks(text: str) -> int:
+    """A number of ranks, as `_some`, that is planned in reasonable time and memory."""
+    if (number := _some(text)) > RANKS:
+        raise argparse.ArgumentTypeError(f"{text} ranks are too many: at most {RANKS:,}")
+    return number
 
 
 def _side(text: str) -> int:
@@ -212,7 +229,7 @@ def _add_mask(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_configuration(group: argparse._ArgumentGroup) -> None:
-    _several(group, "--world-size", of=_some, default=(8,), metavar="N", help="* ranks (default: 8)")
+    _several(group, "--world-size", of=_ranks, default=(8,), metavar="N", help="* ranks (default: 8)")
     known = ", ".join(layouts.LAYOUTS)
     of: Callable[[str], Any] = _Name("layout", (*layouts.LAYOUTS, ALL))
     told = f"* {known}, or all (default: zigzag, of documents balanced)"
@@ -281,7 +298,7 @@ def _plan(options: argparse.Namespace) -> None:
             columns = [row.column(options.rank) for row in made if row.network == options.network[0]]
             pictures.save(options.plot, columns, options.panels or pictures.PANELS)
         except OSError as wrong:
-            options.parser.error(str(wrong))
+            options.parser.error(f"--plot: {wrong}")
     if options.json:
         shown = [row.as_dict() for row in made]
         for n, row in enumerate(made):
@@ -328,10 +345,10 @@ def _documents(options: argparse.Namespace) -> np.ndarray | None:
 
 def _numbers(name: str) -> list[int]:
     """Whole numbers of a file: a JSON list, or between spaces, lines or commas."""
-    text = sys.stdin.read() if name == "-" else Path(name).read_text()
     try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8-sig")
         numbers = json.loads(text) if text.lstrip().startswith("[") else [int(word) for word in text.replace(",", " ").split()]
-    except ValueError:
+    except (ValueError, RecursionError):  # of what is no text, too
         numbers = [None]
     if not all(type(number) is int for number in numbers):
         raise ValueError(f"{name}: not a list of whole numbers, as [3, 5] or 3 5")

@@ -128,6 +128,7 @@ class ContextParallel:
             heads_stride=heads_k_stride,
         )
         check_names(self._recipe)
+        self._alone = group_or_mesh is None and name == "local:1"
         rank_in(name)  # the group is there, and this process in it; not kept, since another process may load what this one saves
         self._uneven = set[int]()  # lengths of shards that were given out where others had another
         self._last_uneven = False  # of which the last were: a graph is for one value, so it looks at this alone
@@ -151,7 +152,10 @@ class ContextParallel:
             where = "a group that is not there"
         return f"ContextParallel({where}, {shown(r.layout)}, transport={r.transport}, kernel={r.kernel})"
 
+    @torch.compiler.disable
     def _layout(self, seq_len: int, cu_seqlens: Tensor | None) -> Layout:
+        if self._alone and dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > 1:
+            raise ValueError(f"this ContextParallel was made when this process was alone; there are {world} ranks: make it anew")
         if not isinstance(seq_len, Integral) or seq_len < 0:
             raise ValueError(f"seq_len={seq_len!r}: give the number of tokens of the whole sequence")
         cu = host_table("cu_seqlens", cu_seqlens)

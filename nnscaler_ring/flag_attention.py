@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .core.call import Group, Options, Rows, group_name, out_and_lse, total_attention
+from .core.call import Group, Options, Rows, announced, group_name, out_and_lse, total_attention
 from .core.recipe import Recipe
 from .ops import wrap_piecewise_attn_func
 
@@ -54,10 +54,16 @@ def flash_attention(
     """
     if return_total_attention and torch.compiler.is_compiling():
         raise NotImplementedError("return_total_attention=True under torch.compile: call flash_attention outside the graph")
+    flags = {"return_log_normalizer": return_log_normalizer, "return_total_attention": return_total_attention}
+    if wrong := [f"{name}={flag!r}" for name, flag in flags.items() if not isinstance(flag, bool)]:
+        raise ValueError(
+            f"{', '.join(wrong)}: give True or False; the dropout that newer FlagAttention has there is dropout_p= here"
+        )
     name = "local:1" if process_group is None else group_name(process_group)
     recipe = Recipe(group=name, layout=layout, transport=transport, kernel=kernel)
     options = Options(softmax_scale=sm_scale, dropout_p=dropout_p, causal=causal, return_attn_probs=return_log_normalizer)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with announced(name, q):
+        q, k, v = _tokens_first(q=q, k=k, v=v)
     out, lse = out_and_lse(q, k, v, recipe, options, Rows())
     answers = [out.transpose(1, 2), *([lse] if return_log_normalizer else [])]
     if return_total_attention:
@@ -97,7 +103,15 @@ def piecewise_attention(
         >>> piecewise_attention(q1, k1, q2, k2, v, 4, causal=True).shape
         torch.Size([1, 4, 16, 8])
     """
-    q1, k1, q2, k2, v = (x.transpose(1, 2) for x in (q1, k1, q2, k2, v))
+    q1, k1, q2, k2, v = _tokens_first(q1=q1, k1=k1, q2=q2, k2=k2, v=v)
     out = wrap_piecewise_attn_func(q1, k1, q2, k2, v, dist_threshold, causal, sm_scale, process_group=process_group)
     assert isinstance(out, torch.Tensor)
     return out.transpose(1, 2)
+
+
+def _tokens_first(**given: Tensor) -> list[Tensor]:
+    """``[B, H, S, D]`` as ``[B, S, H, D]``; ValueError for anything else, which would be taken for packed rows."""
+    if any(x.dim() != 4 for x in given.values()):
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
+        raise ValueError(f"{shapes}: give all [B, H, S, D]")
+    return [x.transpose(1, 2) for x in given.values()]

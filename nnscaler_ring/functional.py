@@ -148,6 +148,7 @@ def ring_flash_attn_varlen_func(
     return attend(q, k, v, recipe, options, Rows(cu_seqlens_q=documents))
 
 
+@torch.compiler.disable
 def llama3_flash_attn_prepare_cu_seqlens(
     cu_seqlens: Tensor, causal: bool, rank: int, world_size: int
 ) -> tuple[Tensor, Tensor, int, int, slice]:

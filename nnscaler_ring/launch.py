@@ -21,6 +21,7 @@ import socket
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, TypedDict
 
 import torch
@@ -172,7 +173,11 @@ def detect(environ: Mapping[str, str]) -> Launch:
     if rank is None or world_size is None:
         sign = next(name for name in row.signs if name in environ)
         lacking = " or ".join(row.rank if rank is None else row.world_size)
-        raise ValueError(f"{sign}={environ[sign]} says that this process has a rank ({row.name}), but {lacking} is unset: set both")
+        raise ValueError(
+            f"{sign}={environ[sign]} says that this process has a rank ({row.name}), but {lacking} is unset or empty: set both"
+        )
+    if world_size < 1:
+        raise ValueError(f"{of_size}={world_size}: there is one process at least")
     if rank >= world_size:
         raise ValueError(f"{variable}={rank}, but {of_size}={world_size}: ranks go from 0 to {world_size - 1}")
     if local_rank is None:
@@ -264,7 +269,7 @@ class _Process:
 _process = _Process()
 
 
-def setup_mpi_distributed(backend: str | None = None) -> Started:
+def setup_mpi_distributed(backend: str | None = None, *, timeout: timedelta | None = None) -> Started:
     """Start the default process group of torch.distributed under torchrun, mpiexec (Open MPI, MPICH, Intel MPI), srun, or alone.
 
     MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE and LOCAL_RANK are set where they are unset, and never changed. A world of one needs
@@ -285,6 +290,7 @@ def setup_mpi_distributed(backend: str | None = None) -> Started:
     Args:
         backend: ``nccl``, ``xccl``, ``ccl`` or ``gloo``, which also chooses the device. None: nccl where there is CUDA, else xccl
             where there is an XPU (ccl of oneccl_bindings_for_pytorch where torch lacks xccl), else gloo on the CPU.
+        timeout: after which a rank gives up waiting for others; torch's own where None: 10 minutes of nccl, else 30.
 
     Returns:
         ``rank``, ``world_size``, ``local_rank``, ``device`` (a `torch.device`), ``launcher`` (``torchrun``, ``openmpi``, ``mpich``,
@@ -323,6 +329,7 @@ def setup_mpi_distributed(backend: str | None = None) -> Started:
             rank=launch.rank,
             world_size=launch.world_size,
             store=_process.meeting.next_store(),
+            timeout=timeout,
             device_id=device if backend == "nccl" else None,
         )
     except BaseException:

@@ -239,6 +239,7 @@ def test_documents_of_files(run, tmp_path, monkeypatch):
         ("plan --docs 10,x", "'x' is not a number"),
         ("plan --docs 0", "no tokens"),
         ("plan --lengths nowhere.json", "No such file"),
+        ("plan --seq-len 1m --world-size 8193", "8193 ranks are too many: at most 8,192"),
         ("plan --lengths setup.cfg", "not a list of whole numbers"),
         ("plan --cu-seqlens docs/pictures/packed-64k-0.json", "it must start at 0"),
         ("plan --seq-len 64 --layout zigzag-per-document", "'zigzag-per-document' cuts each document: give --docs"),
@@ -286,6 +287,33 @@ def test_files_of_too_many_tokens(fails, tmp_path):
     assert "a number above 1,073,741,824" in fails(f"plan --lengths {tmp_path / 'many.txt'}")
     (tmp_path / "many.txt").write_text(f"{cli.LONGEST} 1")
     assert "tokens in all are too many" in fails(f"plan --lengths {tmp_path / 'many.txt'}")
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\xff", b"[" * 100_000], ids=["picture", "brackets"])
+def test_files_that_are_no_lists(content, fails, tmp_path):
+    (tmp_path / "odd").write_bytes(content)
+    assert f"{tmp_path / 'odd'}: not a list of whole numbers" in fails(f"plan --lengths {tmp_path / 'odd'}")
+
+
+def test_a_file_with_a_byte_order_mark(run, tmp_path):
+    (tmp_path / "lengths.json").write_text("\ufeff[3, 5]", encoding="utf-8")
+    assert run(f"plan --lengths {tmp_path / 'lengths.json'} --network 400g --json")["rows"][0]["seq_len"] == 8
+
+
+def test_bytes_beyond_64_bits(run):
+    words = "plan --seq-len 1024m --batch 1m --transport all_to_all ring --network 400g --layout contiguous --json"
+    heads, ring = run(words)["rows"]
+    tokens = 1 << 50
+    around = 2 * 128 * (32 + 32 + 8 + 8) + 4 * 32  # q, out, k and v of a token in bf16, and its log-sum-exp
+    assert heads["sent"] == tokens * around * 7 // 8 > 1 << 63 and ring["sent"] == 7 << 61
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "nnscaler_ring", "kernels"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
 
 
 def test_negative_length(fails, tmp_path):

@@ -331,6 +331,49 @@ def test_selective_checkpointing_saves_the_op() -> None:
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # torch's, where a graph breaks
+def test_what_cannot_be_compiled_breaks_a_graph_that_may_break() -> None:
+    """And runs beside it: torch makes no graph of its own of what is not in one."""
+    q, k, v = given(8)
+    cu, cp = torch.tensor([0, 3, 8], dtype=torch.int32), nr.ContextParallel(layout="zigzag")
+
+    def llama3(*tensors: Tensor) -> Tensor:
+        row = nr.llama3_flash_attn_prepare_cu_seqlens(cu, True, 0, 1)
+        return nr.llama3_flash_attn_varlen_func(*(x[0] for x in tensors), *row[:4], 1, row[4], causal=True)
+
+    def sharded(*tensors: Tensor) -> Tensor:
+        at = cp.position_ids(8, cu_seqlens=cu)[:, None, None]
+        return cp.unshard(cp.attention(*(at + cp.shard(x, 1) for x in tensors)), 1)
+
+    for call in (llama3, sharded, lambda q, k, v: cp.attention(q, k, v, nr.Mask([(0, 8, 0, 8, -2, 0)], 8))):
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(call, backend="aot_eager")(q, k, v), call(q, k, v))
+
+
+def test_forward_mode_is_refused_where_a_graph_is_traced() -> None:
+    q, k, v = given(8)
+
+    def tangents(q: Tensor) -> Tensor:
+        return torch.func.jvp(lambda q: nr.ContextParallel().attention(q, k, v), (q,), (q,))[1]
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.compile(tangents, backend="aot_eager")(q)
+
+
+@pytest.mark.skipif(OLD, reason="the Dynamo of 2.6 keeps the words of an error to itself")
+def test_what_is_no_table_is_refused_where_a_graph_is_traced() -> None:
+    (q, k, v), cp = given(8), nr.ContextParallel()
+
+    def packed(*tensors: Tensor) -> Tensor:
+        return cp.attention(*tensors[:3], cu_seqlens=tensors[3])
+
+    for cu in (torch.tensor([0.0, 3.0, 8.0]), torch.tensor([[0, 3, 8]])):
+        with pytest.raises(Exception, match="cu_seqlens_q must be a 1-D int32 tensor"):
+            torch.compile(packed, backend="aot_eager", fullgraph=True)(q, k, v, cu)
+
+
 def test_what_cannot_be_compiled_says_so() -> None:
     q, k, v = given(8)
     mask = nr.Mask([(0, 8, 0, 8)], 8)

@@ -414,6 +414,51 @@ def test_forward_mode_is_refused() -> None:
         for call in (lambda: nr.wrap_ring_attn_func(q, k, v), lambda: nr.ContextParallel().unshard(q, 1)):
             with pytest.raises(NotImplementedError, match="forward-mode"):
                 call()
+    extras = {"learnable_sink": torch.zeros(2), "alibi_slopes": torch.ones(2), "bias": torch.zeros(2, 8, 8)}
+    for name, x in extras.items():
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(lambda x, name=name: nr.ContextParallel().attention(k, k, v, **{name: x}), (x,), (x,))
+
+
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap", "dropout_p"])
+def test_numbers_have_no_gradient_and_say_so(name: str) -> None:
+    q = torch.randn(1, 8, 2, 4)
+    with pytest.raises(NotImplementedError, match=f"{name} has no gradient here: detach it"):
+        nr.ContextParallel().attention(q, q, q, **{name: torch.tensor(0.5, requires_grad=True)})
+
+
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap"])
+def test_numbers_that_scores_cannot_hold_are_refused(name: str) -> None:
+    """In fp32 they would be infinite, and the result NaN."""
+    q = torch.randn(1, 8, 2, 4)
+    with pytest.raises(ValueError, match=rf"{name}=1e\+39: give at most 3.4e\+38, with torch.float32"):
+        nr.wrap_ring_attn_func(q, q, q, **{name: 1e39})
+    assert nr.wrap_ring_attn_func(*[q.double()] * 3, **{name: 1e39}).isfinite().all()
+
+
+def test_tensors_that_are_not_dense_are_refused() -> None:
+    dense = torch.randn(1, 8, 2, 4)
+    jagged = torch.nested.nested_tensor([torch.randn(3, 2, 4), torch.randn(5, 2, 4)], layout=torch.jagged)
+    for odd, words in ((jagged, "a nested tensor"), (dense.to_sparse(), "torch.sparse_coo")):
+        with pytest.raises(ValueError, match=f"{words}: give dense ones"):
+            nr.wrap_ring_attn_func(odd, odd, odd)
+
+
+def alone_and_then_not(rank: int, world_size: int) -> None:
+    alone = nr.ContextParallel(dist.group.WORLD)
+    with mock.patch.object(dist, "is_initialized", lambda: False):
+        early = nr.ContextParallel()
+    x = torch.randn(1, 8, 2, 4)
+    for call in (lambda: early.shard(x, 1), lambda: early.attention(x, x, x), lambda: early.position_ids(8)):
+        with pytest.raises(ValueError, match=f"this process was alone; there are {world_size} ranks: make it anew"):
+            call()
+    assert alone.shard(x, 1).shape[1] == 8 // world_size
+    own = [dist.new_group([n]) for n in range(world_size)][rank]
+    assert nr.ContextParallel(own).shard(x, 1) is not None, "alone by its group"
+
+
+def test_who_was_alone_is_told_that_others_have_come(ranks) -> None:
+    ranks(2).run(alone_and_then_not)
 
 
 @pytest.mark.parametrize(

@@ -316,3 +316,10 @@ def test_refused() -> None:
         nr.flash_attention(q, q.repeat(1, 3, 1, 1)[:, :3], q.repeat(1, 3, 1, 1)[:, :3])
     with pytest.raises(ValueError, match="dropout_p=1"):
         nr.flash_attention(q, q, q, dropout_p=1.5)
+    for positional in ((0.0,), (False, 0.1), (0.0, True)):
+        with pytest.raises(ValueError, match=r"return_\w+=0\.\d: give True or False; .*dropout_p="):
+            nr.flash_attention(q, q, q, True, None, *positional)
+    with pytest.raises(ValueError, match=r"q \(2, 8, 4\), k \(1, 2, 8, 4\).*give all \[B, H, S, D\]"):
+        nr.flash_attention(q[0], q, q)
+    with pytest.raises(ValueError, match=r"q1 \(2, 8, 4\).*give all \[B, H, S, D\]"):
+        nr.piecewise_attention(*[q[0]] * 5, 2)

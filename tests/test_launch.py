@@ -115,7 +115,7 @@ RECORDED = {
 }
 REFUSED = {
     "rank-too-high": (MPICH.replace("PMI_RANK=3", "PMI_RANK=4"), "PMI_RANK=4, but PMI_SIZE=4: ranks go from 0 to 3"),
-    "no-ranks": ("RANK=0 WORLD_SIZE=0 LOCAL_RANK=0", "RANK=0, but WORLD_SIZE=0"),
+    "no-ranks": ("RANK=0 WORLD_SIZE=0 LOCAL_RANK=0", "WORLD_SIZE=0: there is one process at least"),
     "no-size": ("OMPI_COMM_WORLD_RANK=0", "OMPI_COMM_WORLD_RANK=0 says .* but OMPI_COMM_WORLD_SIZE is unset"),
     "no-rank": ("WORLD_SIZE=2", "WORLD_SIZE=2 says .* but RANK is unset"),
     "no-slurm-size": ("SLURM_PROCID=0", "but SLURM_STEP_NUM_TASKS or SLURM_NTASKS or SLURM_NPROCS is unset"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -91,6 +92,35 @@ def test_slices_that_count_a_pair_twice_are_refused() -> None:
 def test_slices_out_of_range_are_refused(row: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"leaves queries \[0, 5\) or keys \[0, 3\)"):
         Mask([row], 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [((0, 2, 0), "q0, q1, k0, k1"), ((0, 2, 0, 2, 1, 2, 3), "lo"), ((0, 2, 0, 1.5), "whole"), ((0, 1 << 70, 0, 2), "leaves")],
+)
+def test_slices_that_are_none_are_refused(row: tuple[int, ...], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Mask([row], 5, 3)
+
+
+@pytest.mark.parametrize("lengths", [(-1, 3), (3, -1), (4.5, 3), ("4", 3)])
+def test_lengths_that_are_none_are_refused(lengths: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"_len=.*number of positions"):
+        Mask([], *lengths)
+
+
+@pytest.mark.parametrize("far", [sys.maxsize, 1 << 63, 1 << 70])
+def test_what_reaches_past_every_token_is_no_limit(far: int) -> None:
+    """Also of documents with more queries than keys and the other way round, where a sum with it leaves 64 bits."""
+    for lengths in ((6, 4), (4, 6), (6, 6)):
+        for more in ({}, {"causal": True}, {"prefix": 3}, {"sinks": 2}, {"far": 2}):
+            assert build(*lengths, window=(far, far), **more) == build(*lengths, **more)
+        near = build(*lengths, causal=True, far=far)
+        assert near.num_parts == 1 and near.pairs == build(*lengths, causal=True).pairs
+    for name in ("sinks", "prefix"):
+        about = {"causal": True, "window": (1, 0), "cu_seqlens_q": [0, 3, 6]}
+        assert build(6, **about, **{name: far}) == build(6, **about, **{name: 6})
+    assert Mask([(0, 4, 0, 4, -far, far)], 4) == Mask([(0, 4, 0, 4)], 4)
 
 
 @pytest.mark.parametrize("window", [(-2, 0), (0, -2), (1, 2, 3), (1,), (1.5, 0)])

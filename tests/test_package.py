@@ -127,7 +127,7 @@ def test_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
 def test_sdist_holds_what_it_is_made_of(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "README.md", "CHANGELOG.md", "Makefile", "setup.cfg", "pyproject.toml", "mkdocs.yml"} <= names
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "Makefile", "setup.cfg", "pyproject.toml", "mkdocs.yml", "conftest.py"} <= names
     assert {"nnscaler_ring/py.typed", "docs/index.md", "tests/test_package.py"} <= names
     assert not [name for name in names if name.startswith((".venv", "out/")) or name.endswith(".pyc")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -124,6 +125,26 @@ def test_processes_give_the_same_bits(ranks: Any, world: int, request: pytest.Fi
             for name, whole, own in zip(oracle.Answer._fields, local, by_rank[rank][n], strict=True):
                 want = whole[:, :, rows] if name == "lse" else whole[:, rows]
                 assert torch.equal(own, want), f"{name} of rank {rank}: {layout}, {way}, {named}"
+
+
+def interrupted(rank: int, world: int) -> Walk:
+    """Fails, as a kernel may that runs out of memory, while messages are under way."""
+    yield Exchange([((rank + 1) % world, torch.zeros(1000))], [((rank - 1) % world, torch.empty(1000))])
+    raise MemoryError("no room")
+
+
+def goes_on(rank: int, world: int) -> list[int]:
+    transport = transport_of(dist.group.WORLD.group_name)  # type: ignore[union-attr]
+    for _ in range(3):
+        with pytest.raises(MemoryError, match="no room"):
+            transport.run([interrupted(rank, world)])
+        gc.collect()
+    return transport.run([passing_on(rank, world, world)])[0]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_group_outlives_an_error_that_all_ranks_have(ranks: Any, world: int) -> None:
+    assert ranks(world).run(goes_on) == [[(rank - hop) % world for hop in range(1, world + 1)] for rank in range(world)]
 
 
 def first_meeting(rank: int, world_size: int) -> list[list[int]]:

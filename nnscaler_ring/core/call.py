@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
 from torch.fx.experimental.symbolic_shapes import guard_scalar
@@ -90,7 +91,7 @@ class Options:
             raise ValueError(f"dropout_seed={seed}: give an integer in [0, 2**63)")
         if self.far is not None and not (isinstance(self.far, Integral) and self.far >= 0):
             raise ValueError(f"dist_threshold={self.far}: give a number of tokens >= 0")
-        for name in ("alibi_slopes", "softmax_scale"):
+        for name in ("alibi_slopes", "softmax_scale", "softcap", "dropout_p"):
             given = getattr(self, name)
             if isinstance(given, Tensor) and given.requires_grad:
                 raise NotImplementedError(f"{name} has no gradient here: detach it")
@@ -172,6 +173,7 @@ def out_and_lse(
     return out, lse
 
 
+@torch.compiler.disable
 def _with_transport(
     q: Tensor,
     k: Tensor,
@@ -213,6 +215,10 @@ def _in_graph(
     """What `check` returns, where ``torch.compile`` traces: of shapes, not of what tables contain; lengths may be symbols."""
     check_plain(q, k, v, rows.cu_seqlens_q, rows.cu_seqlens_k, options.alibi_slopes, options.learnable_sink, options.bias)
     check_qkv(q, k, v)
+    check_differentiable(q, k, v)
+    for name, table in (("cu_seqlens_q", rows.cu_seqlens_q), ("cu_seqlens_k", rows.cu_seqlens_k)):
+        if table is not None:
+            check_table(name, table)
     if rows.slices is not None:
         raise NotImplementedError("a Mask of slices under torch.compile: pass a mask by its name")
     total_q, total_k = whole_lengths(q, k, recipe.group, rows)
@@ -324,6 +330,7 @@ def _exactly(recipe: Recipe, options: Options, qkv: Sequence[Tensor]) -> list[Te
     return [q, k, v]
 
 
+@torch.compiler.disable  # in a graph that may break: what is not in it runs here, and not in a graph of its own
 def check(
     q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options, rows: Rows
 ) -> tuple[Recipe, tuple[int, int], tuple[Tensor | None, ...]]:
@@ -356,11 +363,15 @@ def _checked(
 ) -> tuple[Recipe, tuple[int, int], tuple[Tensor | None, ...]]:
     check_plain(q, k, v, rows.cu_seqlens_q, rows.cu_seqlens_k, options.alibi_slopes, options.learnable_sink, options.bias)
     check_qkv(q, k, v)
-    check_differentiable(q, k, v)
+    check_differentiable(q, k, v, options.alibi_slopes, options.learnable_sink, options.bias)
     check_names(recipe)
     for name in ("causal", "deterministic"):
         if isinstance(given := getattr(options, name), str):
             raise ValueError(f"{name}={given!r}: give True or False")
+    most = torch.finfo(sum_dtype(q.dtype)).max  # in which scores are made
+    for name, number in (("softmax_scale", options.softmax_scale), ("softcap", options.softcap)):
+        if number is not None and abs(number) > most:
+            raise ValueError(f"{name}={number!r}: give at most {most:.3g}, with {q.dtype}")
     recipe = replace(recipe, **{**_of_recipe(options), "window": check_window(options.window_size)})
     for name, length in (("seq_len", rows.seq_len), ("seq_len_k", rows.seq_len_k)):
         if length is not None and not (isinstance(length, Integral) and length >= 0):
@@ -410,7 +421,10 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_plain(*tensors: Tensor | None) -> None:
-    """ValueError for DTensors."""
+    """ValueError for DTensors, and for tensors that are not dense."""
+    if odd := [x for x in tensors if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided)]:
+        kind = "a nested tensor" if odd[0].is_nested else f"a tensor of layout {odd[0].layout}"
+        raise ValueError(f"{kind}: give dense ones; rows of several lengths end to end, with cu_seqlens")
     if any(isinstance(x, DTensor) for x in tensors):
         raise ValueError(
             "DTensors: call a wrap_* op with q, k and v that are DTensors, whose placements it reads, or pass x.to_local() of each"
@@ -439,10 +453,22 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}: give one device")
 
 
-def check_differentiable(*tensors: Tensor) -> None:
-    """NotImplementedError under forward-mode differentiation, of which torch's custom ops know nothing: tangents would be zeros."""
-    if any(unpack_dual(x).tangent is not None for x in tensors):
+def check_differentiable(*tensors: Tensor | None) -> None:
+    """NotImplementedError under forward-mode differentiation, of which torch's custom ops know nothing: tangents would be zeros.
+
+    Where a graph is traced tangents are not known, only that there may be some.
+    """
+    if torch.compiler.is_compiling():
+        forward_mode = _dual_level() >= 0
+    else:
+        forward_mode = any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in tensors)
+    if forward_mode:
         raise NotImplementedError("forward-mode differentiation (jvp) of a sequence that ranks share: take gradients backward")
+
+
+@torch.compiler.assume_constant_result
+def _dual_level() -> int:
+    return int(getattr(forward_ad, "_current_level", -1))
 
 
 def check_names(recipe: Recipe) -> None:
@@ -460,12 +486,17 @@ def host_table(name: str, cu_seqlens: Tensor | None) -> Tensor | None:
     """Document boundaries on the CPU, read once; ValueError unless they are a 1-D integer tensor."""
     if cu_seqlens is None:
         return None
+    check_table(name, cu_seqlens)
+    return on_host(cu_seqlens)
+
+
+def check_table(name: str, cu_seqlens: Tensor) -> None:
+    """ValueError unless these are document boundaries by their kind."""
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"{name} must be an int32 tensor, got {type(cu_seqlens).__name__}")
     check_plain(cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1:
         raise ValueError(f"{name} must be a 1-D int32 tensor, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}")
-    return on_host(cu_seqlens)
 
 
 def _slices(mask: Mask, total_q: int, total_k: int, parts: int) -> Tensor:
@@ -478,6 +509,7 @@ def _slices(mask: Mask, total_q: int, total_k: int, parts: int) -> Tensor:
     return torch.from_numpy(np.column_stack([mask.table, mask.parts]))
 
 
+@torch.compiler.disable
 def check_documents(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> np.ndarray:
     """The boundaries of the documents in a shard of `tokens`, or ValueError; `max_seqlen` must not be below the longest."""
     table = host_table("cu_seqlens", cu_seqlens)

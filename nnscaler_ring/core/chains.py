@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from .geometry import trim, visible
 from .intervals import distinct, overlaps, union
@@ -114,13 +115,12 @@ def chains_of(mask: Mask, q: Layout, k: Layout, everything: bool) -> Chains:
     change = np.zeros((len(pieces) + 1, world), dtype=np.int8)
     np.add.at(change, (np.searchsorted(pieces[:, 2], lo), reader), 1)
     np.add.at(change, (np.searchsorted(pieces[:, 2], hi), reader), -1)
-    member = np.cumsum(change[:-1], axis=0, dtype=np.int8).astype(bool)
+    member = np.cumsum(change[:-1], axis=0, dtype=np.int8).view(bool)
     some = np.flatnonzero(member.sum(1) > member[np.arange(len(pieces)), pieces[:, 0]])  # read by others
     pieces, member = pieces[some], member[some]
-    chains = []
-    for way in (-1, 1):
-        ranks = (pieces[:, :1] + way * np.arange(1, world)) % world
-        chains.append(Chains(way, pieces, np.take_along_axis(member, ranks, axis=1)))
+    twice = np.concatenate([member, member], axis=1)
+    upward = sliding_window_view(twice, world - 1, axis=1)[np.arange(len(pieces)), pieces[:, 0] + 1]  # from the next rank on
+    chains = [Chains(-1, pieces, upward[:, ::-1]), Chains(1, pieces, upward)]
 
     def skipped(chain: Chains) -> int:
         last = np.where(chain.reads.any(1), world - 1 - chain.reads[:, ::-1].argmax(1), 0)

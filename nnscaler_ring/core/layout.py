@@ -46,7 +46,7 @@ class Layout:
             first = np.flatnonzero(np.concatenate([[True], ~joins]))
             runs = np.column_stack([runs[first, :2], np.add.reduceat(runs[:, 2], first)])
         self.runs = runs
-        self.runs.setflags(write=False)
+        self.runs.flags.writeable = False
         self.length, self.world_size, self.stride = int(length), int(world_size), int(stride)
         self.counts = np.bincount(runs[:, 0], weights=runs[:, 2], minlength=world_size).astype(np.int64)
         self.number0 = np.cumsum(runs[:, 2]) - runs[:, 2]

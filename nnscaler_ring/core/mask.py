@@ -66,10 +66,14 @@ class Mask:
         self, slices: Iterable[Sequence[int]], q_len: int, k_len: int | None = None, parts: Sequence[int] | np.ndarray | None = None
     ) -> None:
         k_len = q_len if k_len is None else k_len
-        rows = [tuple(Slice(*row)) for row in slices]
-        if wrong := next((row for row in rows if not all(isinstance(n, Integral) for n in row)), None):
-            raise ValueError(f"mask slice {wrong} is not of whole numbers; no limit is NO_LIMIT")
-        table = np.array(rows, dtype=np.int64).reshape(-1, 6)
+        for name, length in (("q_len", q_len), ("k_len", k_len)):
+            if not (isinstance(length, Integral) and length >= 0):
+                raise ValueError(f"{name}={length!r}: give a number of positions >= 0")
+        rows = [tuple(row) for row in slices]
+        if wrong := next((row for row in rows if not 4 <= len(row) <= 6 or not all(isinstance(n, Integral) for n in row)), None):
+            raise ValueError(f"mask slice {wrong}: give whole numbers (q0, q1, k0, k1[, lo[, hi]]); no limit is NO_LIMIT")
+        clipped = [[min(max(int(n), -NO_LIMIT), NO_LIMIT) for n in Slice(*row)] for row in rows]
+        table = np.array(clipped, dtype=np.int64).reshape(-1, 6)
         numbers = np.zeros(len(table), dtype=np.int64) if parts is None else np.asarray(parts)
         if numbers.shape != (len(table),) or numbers.dtype.kind not in "iu" or (numbers < 0).any():
             raise ValueError(f"parts={parts}: give a number >= 0 for each of the {len(table)} slices")
@@ -89,7 +93,7 @@ class Mask:
         table[:, 5] = np.minimum(table[:, 5], NO_LIMIT)
         empty = (table[:, 0] >= table[:, 1]) | (table[:, 2] >= table[:, 3]) | (table[:, 4] > table[:, 5])
         self.table, self.parts = table[~empty], parts[~empty]
-        self.table.setflags(write=False)
+        self.table.flags.writeable = False
         self.num_parts = int(self.parts.max(initial=0)) + 1
         self.q_len, self.k_len = int(q_len), int(k_len)
         self._key = (self.q_len, self.k_len, self.table.tobytes(), self.parts.tobytes())
@@ -213,10 +217,10 @@ def build(
     hi = offset + right if right >= 0 else np.full_like(offset, NO_LIMIT)
     slices = [np.stack([q0, q1, k0, k1, lo, hi], axis=1)]
     if sinks and left >= 0:
-        slices.append(np.stack([q0, q1, k0, np.minimum(k0 + sinks, k1), np.full_like(lo, -NO_LIMIT), lo - 1], axis=1))
+        slices.append(np.stack([q0, q1, k0, np.minimum(k0 + min(sinks, k_len), k1), np.full_like(lo, -NO_LIMIT), lo - 1], axis=1))
     if prefix and right >= 0:
-        slices.append(np.stack([q0, q1, k0, np.minimum(k0 + prefix, k1), hi + 1, np.full_like(hi, NO_LIMIT)], axis=1))
-    if far is None:
+        slices.append(np.stack([q0, q1, k0, np.minimum(k0 + min(prefix, k_len), k1), hi + 1, np.full_like(hi, NO_LIMIT)], axis=1))
+    if far is None or far >= NO_LIMIT:
         return Mask.trusted(np.concatenate(slices), q_len, k_len)
     near = np.concatenate(slices)
     distant, border = near.copy(), np.tile(offset - far, len(slices))
@@ -225,11 +229,12 @@ def build(
 
 
 def check_window(window: Sequence[int]) -> tuple[int, int]:
-    """``(left, right)`` as two ints, each >= -1, or ValueError."""
+    """``(left, right)`` as two ints, each >= -1, or ValueError; one that reaches past every token is none."""
     sides = tuple(window) if isinstance(window, Sequence) else ()
     if len(sides) != 2 or not all(isinstance(side, Integral) and side >= -1 for side in sides):
         raise ValueError(f"window_size={window}: give (left, right) in tokens, each >= 0, or -1 for no limit")
-    return int(sides[0]), int(sides[1])
+    left, right = (-1 if side >= NO_LIMIT else int(side) for side in sides)
+    return left, right
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Sequence[int] | np.ndarray, length: int | None) -> np.ndarray:

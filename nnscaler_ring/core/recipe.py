@@ -67,12 +67,12 @@ class Recipe:
         """The dtype in which gradients of keys and values of a dtype travel; sums are of `sum_dtype` dtype in any case."""
         return getattr(torch, self.reduce_dtype) if self.reduce_dtype else sum_dtype(dtype)
 
-    @lru_cache(maxsize=4096)  # noqa: B019
+    @lru_cache(maxsize=PACKINGS)  # noqa: B019  # a layout without a name may take 500 kB
     def __str__(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"), default=lambda x: x.item())  # a number of numpy's
 
     @staticmethod
-    @lru_cache(maxsize=4096)
+    @lru_cache(maxsize=PACKINGS)
     def parse(text: str) -> Recipe:
         fields = json.loads(text)
         return Recipe(**{**fields, "window": tuple(fields["window"])})

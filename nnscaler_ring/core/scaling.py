@@ -322,7 +322,7 @@ def report(
 def head_bytes(shape: Shape, shares: Sequence[Share], held: Layout) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Bytes that each rank sends for heads before and after the walk, forward and backward: two ``[world_size]`` arrays each."""
     inner = len(shares)
-    tokens = held.counts
+    tokens = held.counts.astype(object)  # integers of Python, however many bytes
     team = np.repeat(tokens.reshape(-1, inner).sum(1), inner)
     q, k = (np.array([s.q[1] - s.q[0] for s in shares]), np.array([s.k[1] - s.k[0] for s in shares]))
     mine_q, mine_k = (np.tile(heads, held.world_size // inner) for heads in (q, k))

@@ -11,6 +11,7 @@ import atexit
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -119,14 +120,20 @@ class OneRank(Transport):
 
     def run(self, walks: Sequence[Walk]) -> list[Any]:
         (walk,) = walks
-        reply: Wait | None = None
-        while True:
-            try:
-                exchange = walk.send(reply)  # type: ignore[arg-type]
-            except StopIteration as end:
-                return [end.value]
-            reply = self.start(exchange)
-            del exchange  # or what it sends would stay until the next one
+        waits: list[Wait] = []
+        try:
+            exchange = next(walk)
+            while True:
+                waits.append(self.start(exchange))
+                del exchange  # or what it sends would stay until the next one
+                exchange = walk.send(waits[-1])
+        except StopIteration as end:
+            return [end.value]
+        except Exception:
+            for wait in waits:  # what is under way would meet the messages of the group's next call
+                with suppress(Exception):
+                    wait()
+            raise
 
 
 @lru_cache(maxsize=1)
@@ -175,8 +182,8 @@ class ProcessTransport(OneRank):
         works = dist.batch_isend_irecv(ops) if ops else []
 
         def wait() -> None:
-            for work in works:
-                work.wait()
+            while works:
+                works.pop(0).wait()
             ops.clear()  # which kept the tensors until now
 
         return wait
@@ -314,6 +321,8 @@ class RingComm:
     def send_recv(self, to_send: Tensor, recv_tensor: Tensor | None = None) -> Tensor:
         """Queue `to_send` for the next rank; returns the buffer (`recv_tensor`, or a new one) that the previous rank will fill."""
         buffer = torch.empty_like(to_send, memory_format=torch.contiguous_format) if recv_tensor is None else recv_tensor
+        if not buffer.is_contiguous():
+            raise ValueError(f"recv_tensor of shape {tuple(buffer.shape)} and strides {buffer.stride()} must be contiguous")
         self._send.append(((self.rank + 1) % self.world_size, to_send.contiguous()))
         self._receive.append(((self.rank - 1) % self.world_size, buffer))
         return buffer

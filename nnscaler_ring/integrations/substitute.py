@@ -30,6 +30,8 @@ _ON = [True]
 class _Substitute(Attention):
     """`Attention` over the row that `update_ring_flash_attn_params` told of."""
 
+    _hint = "under gradient checkpointing run the backward pass before update_ring_flash_attn_params tells of the next row"
+
     def __init__(self, process_group: dist.ProcessGroup | None, heads_k_stride: int) -> None:
         super().__init__(ContextParallel(process_group, heads_k_stride=heads_k_stride), "ring_attn")
         self.group = group_name(process_group)

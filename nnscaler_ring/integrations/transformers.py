@@ -75,6 +75,8 @@ class Attention:
         >>> # loss = model(**attention.shard_batch({"input_ids": input_ids, "labels": labels})).loss
     """
 
+    _hint = "give shard_batch the boundaries"
+
     def __init__(self, target: ContextParallel | Callable[..., Any], name: str = "nnscaler_ring", any_model: bool = False) -> None:
         if any(word in name for word in ("flash", "paged", "eager", "sdpa", "flex")):
             raise ValueError(f"name={name!r}: transformers takes it for an implementation of its own")
@@ -228,8 +230,7 @@ class Attention:
             told = self._remember(cu_seqlens, host_table("cu_seq_lens_q", cu_seqlens))
         if told.cu_seqlens is not known.cu_seqlens and told.cu_seqlens.tolist() != known.cu_seqlens.tolist():
             raise ValueError(
-                f"cu_seq_lens_q is {told.cu_seqlens.tolist()}, these tokens were cut with {known.cu_seqlens.tolist()}: give "
-                "shard_batch the boundaries"
+                f"cu_seq_lens_q is {told.cu_seqlens.tolist()}, these tokens were cut with {known.cu_seqlens.tolist()}: {self._hint}"
             )
 
     def _told(self, cu_seqlens: Tensor) -> Tensor | None:
