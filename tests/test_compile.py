@@ -376,10 +376,13 @@ def test_what_is_no_table_is_refused_where_a_graph_is_traced() -> None:
 
 def test_what_cannot_be_compiled_says_so() -> None:
     q, k, v = given(8)
-    mask = nr.Mask([(0, 8, 0, 8)], 8)
+    mask, cp, packed = nr.Mask([(0, 8, 0, 8)], 8), nr.ContextParallel(), nr.ContextParallel(layout="zigzag-per-document")
     cu = torch.tensor([0, 16], dtype=torch.int32)
+    sink = torch.ones(1)
     for call, words in (
-        (lambda q, k, v: nr.ContextParallel().attention(q, k, v, mask), "Mask"),
+        (lambda q, k, v: cp.attention(q, k, v, mask), "" if OLD else "a Mask of slices under torch.compile"),
+        (lambda q, k, v: packed.attention(q, k, v), "" if OLD else "cuts each document"),
+        (lambda q, k, v: cp.attention(q, k, v, learnable_sink=sink), "" if OLD else "learnable_sink is .* of shape"),
         (lambda q, k, v: nr.wrap_ring_attn_func(q, k, v, dropout_p=0.5), "dropout_seed"),
         (lambda q, k, v: nr.flash_attention(q, k, v, return_total_attention=True), "return_total_attention.*outside the graph"),
         (

@@ -457,3 +457,30 @@ def test_another_rank_may_load_what_one_saves(ranks) -> None:
 def test_nothing_keeps_a_group_alive(ranks) -> None:
     """Its threads would run on while Python ends, and may then abort the process."""
     assert ranks(2).run(ended) == [True, True]
+
+
+def test_what_goes_beside_a_mask_of_slices() -> None:
+    x, mask = torch.randn(1, 8, 2, 4), Mask([(0, 8, 0, 8)], 8)
+    for named in ({"prefix": 2}, {"sinks": 2}, {"window_size": (2, 0)}, {"cu_seqlens": torch.tensor([0, 5, 8])}):
+        with pytest.raises(ValueError, match="a Mask says everything: leave out cu_seqlens, window_size, sinks and prefix"):
+            ContextParallel().attention(x, x, x, mask, **named)
+    with pytest.raises(ValueError, match="the mask is over 8 queries and 9 keys, the tokens are 8 and 8"):
+        ContextParallel().attention(x, x, x, Mask([(0, 8, 0, 9)], 8, 9))
+    cp, cu = ContextParallel(layout="balanced"), torch.tensor([0, 5, 8])
+    x = cp.shard(x, 1, cu_seqlens=cu)
+    assert cp.attention(x, x, x, mask, cu_seqlens=cu).shape == x.shape, "there boundaries are for the layout"
+
+
+def test_layouts_that_do_not_look_at_documents_take_them_later() -> None:
+    cp = ContextParallel(layout="zigzag")
+    x = cp.shard(torch.randn(1, 8, 2, 4), 1)
+    assert cp.attention(x, x, x, cu_seqlens=torch.tensor([0, 5, 8])).shape == x.shape
+
+
+def test_auto_may_let_heads_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    settle = lambda q, k, v, recipe, *rest: asked.append(recipe.transport) or recipe  # noqa: E731
+    monkeypatch.setattr("nnscaler_ring.core.call._with_transport", settle)
+    x = torch.randn(1, 8, 2, 4)
+    ContextParallel().attention(x, x, x)
+    assert asked == ["auto"]

@@ -157,3 +157,7 @@ def test_a_graph_gives_what_the_call_gives(name: str) -> None:
         graph.replay()
         for got, expected in zip(captured, want, strict=True):
             torch.testing.assert_close(got, expected, rtol=0.05, atol=0.02)
+
+
+def test_tables_do_not_stay_where_there_is_no_default_stream() -> None:
+    assert not tables._may_stay(torch.device("xpu")) and tables._may_stay(torch.device("cpu"))

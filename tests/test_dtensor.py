@@ -329,3 +329,19 @@ def refused(rank: int, world_size: int) -> list[str]:
 
 def test_refused_on_every_rank_before_any_communication(ranks) -> None:
     no_faults(ranks(4).run(refused))
+
+
+def refused_beside_dtensors(rank: int, world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,))
+    q = distribute_tensor(torch.randn(8, 2, 4), mesh, [Shard(0)])
+    cu = torch.tensor([0, 8], dtype=torch.int32)
+    for named, words in (
+        ({"seq_len_k": 8}, "leave out process_group, seq_len, seq_len_k"),
+        ({"dropout_p": 0.5}, "needs dropout_seed"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            nnscaler_ring.wrap_ring_attn_varlen_func(q, q, q, cu, cu, **named)
+
+
+def test_what_dtensors_say_by_themselves_is_refused(ranks) -> None:
+    ranks(2).run(refused_beside_dtensors)

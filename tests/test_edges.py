@@ -547,9 +547,8 @@ def test_what_is_put_together_to_be_sent(wanted: list[list[tuple[int, int]]], co
 
 
 def test_a_layout_that_is_none() -> None:
-    for runs in ([[0, 0, 4], [1, 2, 4]], [[0, 0, 4], [2, 4, 4]]):
-        with pytest.raises(ValueError, match="every position once"):
-            nr.ContextParallel(layout=Layout(np.array(runs), 8, 2))
+    with pytest.raises(ValueError, match="every position once"):
+        nr.ContextParallel(layout=Layout(np.array([[0, 0, 4], [1, 2, 4]]), 8, 2))
 
 
 @pytest.mark.parametrize("transport", ["ring", "grouped_ring", "all_gather", "halo", "all_to_all"])
@@ -610,3 +609,79 @@ def test_no_query_heads_are_refused() -> None:
     q, k, v = qkv()
     with pytest.raises(ValueError, match="the 0 query heads must be a positive multiple of the 2 key heads"):
         nr.wrap_ring_attn_func(q[:, :, :0], k, v)
+
+
+def test_seeds_and_head_dims_that_are_none_are_refused() -> None:
+    q = torch.randn(1, 8, 2, 4)
+    with pytest.raises(ValueError, match="dropout_seed=-1"):
+        nr.wrap_ring_attn_func(q, q, q, dropout_p=0.1, dropout_seed=-1)
+    with pytest.raises(ValueError, match="head dims must be positive"):
+        nr.wrap_ring_attn_func(q[..., :0], q[..., :0], q)
+    with pytest.raises(ValueError, match="heads_k_stride=-1"):
+        nr.ContextParallel(heads_k_stride=-1)
+    with pytest.raises(ValueError, match="'zigzag'"):
+        nr.wrap_piecewise_attn_func(q, q, q, q, q, 3, causal=True, layout="zigzag")
+    with pytest.raises(ValueError, match="causal=False"):  # the default of ring-flash-attention
+        nr.zigzag_ring_flash_attn_func(q, q, q)
+
+
+def test_slopes_of_one_batch_row_are_those_of_all() -> None:
+    q, slopes = torch.randn(2, 8, 2, 4), torch.tensor([0.1, 0.2])
+    one, all_ = (nr.wrap_ring_attn_func(q, q, q, alibi_slopes=x) for x in (slopes[None], slopes))
+    assert torch.equal(one, all_)
+
+
+class NoGradient(torch.autograd.Function):
+    """What comes after it gives no gradient at all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_a_result_without_any_gradient_has_none() -> None:
+    q = torch.randn(1, 8, 2, 4, requires_grad=True)
+    NoGradient.apply(nr.wrap_ring_attn_func(q, q, q)).sum().backward()
+    assert q.grad is None or not q.grad.any()
+
+
+def test_no_batch_rows_and_a_gradient_of_the_log_sum_exp() -> None:
+    q = torch.zeros(0, 8, 2, 8, dtype=torch.float16, requires_grad=True)
+    out, lse, _ = nr.wrap_ring_attn_func(q, q, q, return_attn_probs=True, kernel="aten")
+    (out.sum() + lse.sum()).backward()
+    assert q.grad is not None and q.grad.shape == q.shape
+
+
+def one_loss_of_the_log_sum_exp(rank: int, world_size: int, transport: str) -> None:
+    cp = nr.ContextParallel(transport=transport)
+    shards = [torch.randn(1, 8, heads, 8).requires_grad_() for heads in (4, 2, 2)]
+    out, lse, _ = cp.attention(*shards, return_attn_probs=True)
+    grads = torch.autograd.grad(out.sum() + lse.sum() if rank == 0 else out.sum(), shards)
+    assert all(x.isfinite().all() for x in grads)
+
+
+@pytest.mark.parametrize("transport", ["all_to_all", "ring"])
+def test_one_rank_alone_may_differentiate_the_log_sum_exp(ranks, transport: str) -> None:
+    ranks(2).run(one_loss_of_the_log_sum_exp, transport)
+
+
+def test_a_sink_has_its_gradient_without_the_log_sum_exp() -> None:
+    sizes = (1, 16, 4, 8), (1, 16, 2, 8), (1, 16, 2, 8), (4,)
+    q, k, v, sink = (torch.randn(*size, dtype=torch.float64).requires_grad_() for size in sizes)
+    found = []
+    for named in ({}, {"return_attn_probs": True}):
+        out = nr.wrap_ring_attn_func(q, k, v, learnable_sink=sink, **named)
+        out = out[0] if isinstance(out, tuple) else out
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, sink))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    scores = torch.einsum("blhd,bmhd->bhlm", q, k.repeat_interleave(2, 2)) * 8**-0.5
+    scores = scores.masked_fill(~torch.ones(16, 16, dtype=torch.bool).tril(), -torch.inf)
+    weights = torch.cat([scores, sink.view(1, 4, 1, 1).expand(1, 4, 16, 1)], 3).softmax(3)[..., :-1]
+    want = torch.einsum("bhlm,bmhd->blhd", weights, v.repeat_interleave(2, 2))
+    for one, other in zip(found[0], [want, *torch.autograd.grad(want.square().sum(), (q, k, v, sink))], strict=True):
+        torch.testing.assert_close(one, other)

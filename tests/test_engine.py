@@ -245,3 +245,15 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=why):
             oracle.run(given, SCALE, recipe(2, **how))
+
+
+def test_rows_that_see_nothing_in_half_precision() -> None:
+    """Where results are merged in fp32 and rounded at the end; what is not initialised is NaN here."""
+    slices = [(0, 20, 0, 24, -24, 0)]
+    given = oracle.inputs(0, (1, 24, 24), (2, 1, 8, 8), torch.bfloat16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = oracle.run(given, 0.3, Recipe(group="local:4", transport="ring", kernel="reference"), slices=slices)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (got.lse[:, :, 20:] == -torch.inf).all() and not got.out[:, 20:].any()

@@ -224,3 +224,10 @@ def test_the_same_weights_are_dropped_however_the_sequence_is_cut() -> None:
     assert not any(halves), "batch rows and heads have streams of their own"
     other = engine.attention(q, k, v, *[None] * 6, length, length, 0.3, 43, str(Recipe(causal=True, dropout=0.5)))[0] == 0
     assert not torch.equal(other, first)
+
+
+def test_philox_is_that_of_its_authors() -> None:
+    """The first words of Random123's known answers for philox4x32-10."""
+    digits = 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344
+    for counter, seed, word in (((0xFFFFFFFF,) * 4, (1 << 64) - 1, 0x408F276D), (digits, 0x299F31D0A4093822, 0xD16CFE09)):
+        assert philox(*(torch.tensor([x]) for x in counter), seed).item() == word

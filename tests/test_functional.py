@@ -299,3 +299,8 @@ def test_prepare_says_what_each_rank_sees(causal: bool) -> None:
                 assert not rows[:, : keys.start].any() and not rows[:, keys.stop :].any(), "a key outside of the slice is seen"
                 seen = Seen(causal=causal, cu=tuple(cu_q.tolist()), cu_k=tuple(cu_k.tolist()))
                 assert torch.equal(seen.dense(len(rows), int(cu_k[-1])), rows[:, keys])
+
+
+def test_llama3_leaves_out_documents_without_tokens() -> None:
+    row = llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 3, 3, 8], dtype=torch.int32), True, 0, 1)
+    assert row[0].tolist() == row[1].tolist() == [0, 3, 8]

@@ -139,3 +139,25 @@ def test_an_unknown_name_lists_the_known() -> None:
 def test_runs_that_leave_out_positions_are_refused() -> None:
     with pytest.raises(ValueError, match="these runs hold 4, length is 6"):
         Layout(np.array([[0, 0, 2], [1, 4, 2]]), 6, 2)
+
+
+def test_a_layout_is_its_world_too() -> None:
+    assert build("contiguous", 1, 2) != build("contiguous", 1, 3), "ranks that hold nothing"
+
+
+@pytest.mark.parametrize(
+    ("runs", "why"),
+    [
+        ([[0, 0, 4], [1, 2, 4]], "these runs hold 8, length is 6"),
+        ([[0, 0, 4]], "these runs hold 4, length is 6"),
+        ([[-1, 0, 6]], "of ranks 0 to 1"),
+        ([[2, 0, 6]], "of ranks 0 to 1"),
+    ],
+)
+def test_runs_that_make_no_layout_are_refused(runs: list[list[int]], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Layout(np.array(runs), 6, 2)
+
+
+def test_balanced_looks_at_documents() -> None:
+    assert build("balanced", 8, 2, np.array([0, 3, 8])).runs.tolist() == [[0, 0, 3], [0, 7, 1], [1, 3, 4]]

@@ -60,6 +60,7 @@ def test_a_mask_is_its_content() -> None:
     assert a == b and hash(a) == hash(b) and len({a, b}) == 1
     assert a != build(8) and a != build(9, causal=True) and a != "a mask"
     assert build(4, 3, cu_seqlens_q=[0, 4], cu_seqlens_k=[0, 3]) == build(4, 3)
+    assert Mask([(0, 2, 0, 2)], 3, 3) != Mask([(0, 2, 0, 2)], 3, 4) != Mask([(0, 2, 0, 2)], 4, 4)
     assert Mask([], 3).pairs == 0 and not Mask([(1, 1, 0, 3)], 3).as_array().any()
     assert Mask([(0, 2, 0, 2)], 3) == Mask([(0, 2, 0, 2, -(1 << 60), 1 << 60)], 3), "no limit is no limit"
     with pytest.raises(ValueError, match="read-only"):

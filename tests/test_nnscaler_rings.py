@@ -299,3 +299,17 @@ def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def test_ops_of_one_shape_on_other_devices_have_rings_of_their_own() -> None:
+    def op(tensor: int, devices: tuple[int, ...]) -> list[Piece]:
+        return [Piece(10 * tensor + n, device, tensor, ((4 * n, 4 * n + 4),), 0, 8) for n, device in enumerate(devices)]
+
+    found = derive_rings([*op(1, (0, 3)), *op(2, (1, 2))])
+    assert found == {(10, 0): (0, 3), (11, 3): (0, 3), (20, 1): (1, 2), (21, 2): (1, 2)}
+
+
+def test_a_ring_is_that_of_the_devices_scale_unit() -> None:
+    node = SimpleNamespace(signature="op")
+    setattr(node, rings._RING, (0, 2))
+    assert rings.ring_ranks(node, 1, 4) == (0, 2) and rings.ring_ranks(node, 6, 4) == (4, 6)

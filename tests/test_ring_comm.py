@@ -178,3 +178,34 @@ def test_varlen_lse_there_and_back() -> None:
     assert torch.equal(padded[0, :, :2], packed[:2].T) and torch.equal(padded[2, :, :5], packed[2:].T)
     assert (padded[1] == float("-inf")).all() and (padded[2, :, 5:] == float("-inf")).all()
     assert torch.equal(flatten_varlen_lse(padded, cu), packed.T)
+
+
+def exchanged_once(rank: int, world_size: int) -> None:
+    comm = RingComm()
+    first = comm.send_recv(torch.ones(2))
+    comm.commit()
+    comm.wait()
+    first.zero_()
+    comm.send_recv(torch.ones(2))
+    comm.commit()
+    comm.wait()
+    assert not first.any()
+    with pytest.raises(ValueError, match=r"recv_tensor of shape .* must be contiguous"):
+        comm.send_recv(torch.ones(2, 2), torch.ones(2, 2).T)
+
+
+def test_what_has_come_is_the_callers(ranks) -> None:
+    """The next exchange does not fill it again; a buffer that cannot be filled is refused before anything is sent."""
+    ranks(2).run(exchanged_once)
+
+
+def gathered(rank: int, world_size: int) -> None:
+    x = torch.arange(6.0).reshape(2, 3).mT
+    comm, everything = AllGatherComm(), x.new_empty(3 * world_size, 2)
+    comm.all_gather(everything, x + rank)
+    comm.wait()
+    assert torch.equal(everything, torch.cat([x + n for n in range(world_size)]))
+
+
+def test_rows_with_gaps_are_gathered(ranks) -> None:
+    ranks(2).run(gathered)

@@ -147,3 +147,9 @@ def test_auto_groups_the_forward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
     made = report(build_mask(64, causal=True), build("zigzag", 64, 8), "auto", Shape(), *slow)
     assert (made.transport, made.transport_backward, made.sent) == ("grouped_ring", "ring", made.needed)
+
+
+def test_ranks_that_do_not_divide_into_teams_are_refused() -> None:
+    machine = SPEEDS["fa2-h100"], NETWORKS["nvlink"]
+    with pytest.raises(ValueError, match="8 ranks do not divide into teams of 3"):
+        report(build_mask(64), build("contiguous", 64, 8), "ring", Shape(), *machine, inner=3)

@@ -245,3 +245,18 @@ def test_torchs_xpu_ops(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     if ops.unshaped:
         pytest.skip(f"its shapes need {' and '.join(sorted(ops.unshaped))} on meta, which torch {torch.__version__} lacks")
+
+
+def test_deterministic_calls_leave_the_setting_as_it_was() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with aten_module._deterministic(True):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_wide_values_are_refused_too() -> None:
+    with pytest.raises(NotImplementedError, match="up to 256"):
+        AtenCuda().check_sizes(Case("cuda", torch.bfloat16, 64, 264, 4, 4))

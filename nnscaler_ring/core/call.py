@@ -299,32 +299,28 @@ def total_attention(q: Tensor, k: Tensor, lse: Tensor, recipe: Recipe, options: 
     finds them and brings them home.
 
     Args:
-        q, k, recipe, options, rows: as for `attend`.
+        q, k, recipe, options, rows: as for `attend`; without slopes, a bias or a sink.
         lse: what `attend` returned, ``[B, Hq, Lq]``.
 
-    Raises:
-        NotImplementedError: over a grid.
     """
-    if is_grid(recipe.group):
-        raise NotImplementedError("total attention over a grid: take one group")
     transport = "auto" if recipe.transport == ALL_TO_ALL else recipe.transport
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     ones, nothing = q.new_ones(*q.shape[:3], 1), k.new_zeros(*k.shape[:3], 1)
     options = replace(options, dropout_p=0.0)
     recipe, total, tables = check(q, k, nothing, replace(recipe, transport=transport), options, rows)
     scale = _scale(q, options)
-    extras = (*tables, _slopes(q, options), options.bias, None)  # a sink is in the log-sum-exp
-    q, k, nothing = _exactly(recipe, options, (q, k, nothing))
+    extras = (*tables, None, None, None)
+    q, k, nothing = _exactly(recipe, (q, k, nothing))
     saved = [ones.to(q.dtype), q, k, nothing, torch.zeros_like(ones, dtype=q.dtype), lse]
     _, _, totals = engine.attention_backward(saved, None, extras, total, scale, 0, str(recipe), False)
     return totals.squeeze(3).transpose(1, 2)
 
 
-def _exactly(recipe: Recipe, options: Options, qkv: Sequence[Tensor]) -> list[Tensor]:
+def _exactly(recipe: Recipe, qkv: Sequence[Tensor]) -> list[Tensor]:
     """The tensors in the dtype of partial results where the kernel takes it: one that was asked for by its name may not."""
     q, k, v = (x.to(sum_dtype(x.dtype)).contiguous() for x in qkv)
     try:
-        kernel_for(recipe, q, k, v, {"alibi": options.alibi_slopes is not None, "bias": options.bias is not None})
+        kernel_for(recipe, q, k, v)
     except NotImplementedError:
         return [x.contiguous() for x in qkv]
     return [q, k, v]

@@ -30,8 +30,8 @@ def needs(mask: Mask, q: Layout, k: Layout) -> tuple[np.ndarray, np.ndarray, np.
         q0, q1, k0, k1, lo, hi = mask.table.T
         at_slice, at_q = overlaps(q0, q1, start, start + count)
         i0, i1 = np.maximum(q0[at_slice], start[at_q]), np.minimum(q1[at_slice], (start + count)[at_q])
-        i0, i1, j0, j1, low, high = trim(i0, i1, k0[at_slice], k1[at_slice], lo[at_slice], hi[at_slice])
-        some = (i0 < i1) & (j0 < j1) & (low <= high)
+        i0, i1, j0, j1, _, _ = trim(i0, i1, k0[at_slice], k1[at_slice], lo[at_slice], hi[at_slice])
+        some = (i0 < i1) & (j0 < j1)
         reader, lo, hi = rank[at_q][some], j0[some], j1[some]
     else:
         bands = visible(mask, q, k)

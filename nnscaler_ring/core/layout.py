@@ -30,7 +30,7 @@ class Layout:
         stride: the one stride of all runs.
 
     Raises:
-        ValueError: the runs hold more positions or fewer.
+        ValueError: the runs hold more positions or fewer, or are of other ranks.
 
     Example:
         >>> zigzag(8, 2).positions(0)
@@ -40,6 +40,8 @@ class Layout:
     def __init__(self, runs: np.ndarray, length: int, world_size: int, stride: int = 1) -> None:
         runs = np.asarray(runs, dtype=np.int64).reshape(-1, 3)
         runs = runs[runs[:, 2] > 0]
+        if len(runs) and not 0 <= runs[:, 0].min() <= runs[:, 0].max() < world_size:
+            raise ValueError(f"runs of ranks {runs[:, 0].min()} to {runs[:, 0].max()}: give some of ranks 0 to {world_size - 1}")
         runs = runs[np.lexsort((runs[:, 1], runs[:, 0]))]
         if len(runs) and stride == 1:  # neighbours on one rank are one run
             joins = (runs[1:, 0] == runs[:-1, 0]) & (runs[:-1, 1] + runs[:-1, 2] == runs[1:, 1])
@@ -87,7 +89,7 @@ class Layout:
 
 def contiguous(length: int, world_size: int, cu_seqlens: np.ndarray | None = None) -> Layout:
     """Rank `r` holds chunk `r` of `world_size`, cut as ``torch.chunk`` cuts; `cu_seqlens` is not looked at."""
-    chunk = -(-length // world_size) if length else 0
+    chunk = -(-length // world_size)
     start = np.minimum(np.arange(world_size) * chunk, length)
     count = np.minimum(start + chunk, length) - start
     return Layout(np.column_stack([np.arange(world_size), start, count]), length, world_size)

@@ -194,7 +194,7 @@ def update_out_and_lse(
     if out is None or lse is None:
         if slice_ is not None:
             raise ValueError("the first block sets every row: pass slice_=None, or start from out=0 and lse=-inf")
-        return block_out.to(dtype, copy=True), column.clone(memory_format=torch.contiguous_format)
+        return block_out.to(dtype), column.clone(memory_format=torch.contiguous_format)
     if slice_ is None:
         merge_(out, lse, block_out, column)
     else:
