@@ -257,3 +257,13 @@ def test_rows_that_see_nothing_in_half_precision() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert (got.lse[:, :, 20:] == -torch.inf).all() and not got.out[:, 20:].any()
+
+
+@pytest.mark.parametrize("transport", ["halo", "all_gather", "ring"])
+def test_teams_whose_rows_do_not_ascend(transport: str) -> None:
+    """A team has the tokens of one rank after those of the other: what is beside in its buffer is not so in position."""
+    for length, window in ((24, (2, 5)), (29, (3, 0)), (30, (0, 4))):
+        given = oracle.inputs(length, (1, length, length), (4, 2, 8, 8))
+        recipe = Recipe(group="local:2x3", layout="stripe", transport=transport, kernel="reference", window=window)
+        seen = build(length, window=window).as_array()
+        oracle.assert_close(oracle.run(given, 0.3, recipe), oracle.dense(given, seen, 0.3), 1e-11, (length, window))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -16,7 +16,16 @@ from nnscaler_ring.core import engine
 from nnscaler_ring.core.layouts import build
 from nnscaler_ring.core.recipe import Recipe
 from nnscaler_ring.core.relayout import _gather, _relayout
-from nnscaler_ring.core.transport import Exchange, LocalTransport, ProcessTransport, RingComm, Walk, _wait_at_exit, transport_of
+from nnscaler_ring.core.transport import (
+    Exchange,
+    LocalTransport,
+    OneRank,
+    ProcessTransport,
+    RingComm,
+    Walk,
+    _wait_at_exit,
+    transport_of,
+)
 from tests import oracle
 
 
@@ -145,6 +154,40 @@ def goes_on(rank: int, world: int) -> list[int]:
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_group_outlives_an_error_that_all_ranks_have(ranks: Any, world: int) -> None:
     assert ranks(world).run(goes_on) == [[(rank - hop) % world for hop in range(1, world + 1)] for rank in range(world)]
+
+
+class Counting(OneRank):
+    """Counts waits, of which one may fail."""
+
+    def __init__(self, fails: int) -> None:
+        self.starts, self.waits, self._fails = 0, list[int](), fails
+
+    def start(self, exchange: Exchange) -> Callable[[], None]:
+        number, self.starts = self.starts, self.starts + 1
+
+        def wait() -> None:
+            self.waits.append(number)
+            if number == self._fails:
+                raise RuntimeError("connection closed by peer")
+
+        return wait
+
+
+@pytest.mark.parametrize(("fails", "why", "waits"), [(-1, "no room", [0, 0, 1, 2]), (0, "closed by peer", [0])])
+def test_nobody_is_waited_for_twice_who_has_gone(fails: int, why: str, waits: list[int]) -> None:
+    """After an error in a walk the messages under way are waited for; not after one in a wait, which may have taken minutes."""
+
+    def walk() -> Walk:
+        first = yield Exchange([], [])
+        yield Exchange([], [])
+        yield Exchange([], [])
+        first()
+        raise MemoryError("no room")
+
+    transport = Counting(fails)
+    with pytest.raises((MemoryError, RuntimeError), match=why):
+        transport.run([walk()])
+    assert transport.waits == waits
 
 
 def first_meeting(rank: int, world_size: int) -> list[list[int]]:

@@ -121,16 +121,30 @@ class OneRank(Transport):
     def run(self, walks: Sequence[Walk]) -> list[Any]:
         (walk,) = walks
         waits: list[Wait] = []
+        lost = False
+
+        def start(exchange: Exchange) -> Wait:
+            wait = self.start(exchange)
+            waits.append(wait)
+
+            def waited() -> None:
+                nonlocal lost
+                lost = True  # unless it comes back
+                wait()
+                lost = False
+
+            return waited
+
         try:
             exchange = next(walk)
             while True:
-                waits.append(self.start(exchange))
+                reply = start(exchange)
                 del exchange  # or what it sends would stay until the next one
-                exchange = walk.send(waits[-1])
+                exchange = walk.send(reply)
         except StopIteration as end:
             return [end.value]
         except Exception:
-            for wait in waits:  # what is under way would meet the messages of the group's next call
+            for wait in () if lost else waits:  # what is under way would meet the messages of the group's next call
                 with suppress(Exception):
                     wait()
             raise
