@@ -346,7 +346,8 @@ def _documents(options: argparse.Namespace) -> np.ndarray | None:
 def _numbers(name: str) -> list[int]:
     """Whole numbers of a file: a JSON list, or between spaces, lines or commas."""
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8-sig")
+        text = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")
+        text = text.removeprefix("\ufeff")
         numbers = json.loads(text) if text.lstrip().startswith("[") else [int(word) for word in text.replace(",", " ").split()]
     except (ValueError, RecursionError):  # of what is no text, too
         numbers = [None]

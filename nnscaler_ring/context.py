@@ -58,6 +58,12 @@ def _tokens(x: Tensor, dim: int) -> int:
     return x.shape[dim]
 
 
+@torch.compiler.assume_constant_result
+def _world_size() -> int:
+    """Ranks of the default group; 1 where there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def _warn_if_alone() -> None:
     """A process that was started as one of many, and has joined no group, computes by itself what the others compute too."""
     if dist.is_available() and dist.is_initialized():
@@ -130,7 +136,7 @@ class ContextParallel:
         check_names(self._recipe)
         self._alone = group_or_mesh is None and name == "local:1"
         rank_in(name)  # the group is there, and this process in it; not kept, since another process may load what this one saves
-        self._uneven = set[int]()  # lengths of shards that were given out where others had another
+        self._uneven: set[int] = set()  # lengths of shards that were given out where others had another
         self._last_uneven = False  # of which the last were: a graph is for one value, so it looks at this alone
         self._by_documents: bool | None = None  # and were cut by documents, where the layout may look at them
 
@@ -152,10 +158,17 @@ class ContextParallel:
             where = "a group that is not there"
         return f"ContextParallel({where}, {shown(r.layout)}, transport={r.transport}, kernel={r.kernel})"
 
+    def _check_alone(self) -> None:
+        """ValueError where others have come since this process made this object for itself."""
+        if self._alone and (world := _world_size()) > 1:
+            raise ValueError(
+                f"this ContextParallel was made when this process was alone; there are {world} ranks: make it anew, or of a group "
+                "of this rank alone"
+            )
+
     @torch.compiler.disable
     def _layout(self, seq_len: int, cu_seqlens: Tensor | None) -> Layout:
-        if self._alone and dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > 1:
-            raise ValueError(f"this ContextParallel was made when this process was alone; there are {world} ranks: make it anew")
+        self._check_alone()
         if not isinstance(seq_len, Integral) or seq_len < 0:
             raise ValueError(f"seq_len={seq_len!r}: give the number of tokens of the whole sequence")
         cu = host_table("cu_seqlens", cu_seqlens)
@@ -306,6 +319,7 @@ class ContextParallel:
             torch.Size([1, 16, 4, 8])
         """
         if torch.compiler.is_compiling():
+            self._check_alone()
             settled, rows = self._settled(mask, softmax_scale, cu_seqlens, options)
             self._check_documents(cu_seqlens)
             if rows.seq_len is None:

@@ -55,7 +55,7 @@ def flash_attention(
     if return_total_attention and torch.compiler.is_compiling():
         raise NotImplementedError("return_total_attention=True under torch.compile: call flash_attention outside the graph")
     flags = {"return_log_normalizer": return_log_normalizer, "return_total_attention": return_total_attention}
-    if wrong := [f"{name}={flag!r}" for name, flag in flags.items() if not isinstance(flag, bool)]:
+    if wrong := [f"{name}={flag!r}" for name, flag in flags.items() if isinstance(flag, float)]:
         raise ValueError(
             f"{', '.join(wrong)}: give True or False; the dropout that newer FlagAttention has there is dropout_p= here"
         )
@@ -103,7 +103,8 @@ def piecewise_attention(
         >>> piecewise_attention(q1, k1, q2, k2, v, 4, causal=True).shape
         torch.Size([1, 4, 16, 8])
     """
-    q1, k1, q2, k2, v = _tokens_first(q1=q1, k1=k1, q2=q2, k2=k2, v=v)
+    with announced("local:1" if process_group is None else group_name(process_group), q1):
+        q1, k1, q2, k2, v = _tokens_first(q1=q1, k1=k1, q2=q2, k2=k2, v=v)
     out = wrap_piecewise_attn_func(q1, k1, q2, k2, v, dist_threshold, causal, sm_scale, process_group=process_group)
     assert isinstance(out, torch.Tensor)
     return out.transpose(1, 2)

@@ -240,11 +240,12 @@ class _Meeting:
     store: dist.Store | None = None
     groups: int = 0
 
-    def next_store(self) -> dist.Store:
+    def next_store(self, timeout: timedelta | None) -> dist.Store:
         """The store of the next group; call with the variables set."""
         if self.store is None:
             rank, world_size = self.launch.rank, self.launch.world_size
-            self.store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", rank, world_size))[0]
+            within = {} if timeout is None else {"timeout": timeout}
+            self.store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", rank, world_size, **within))[0]
         self.groups += 1
         return dist.PrefixStore(f"nnscaler_ring/{self.groups}", self.store)
 
@@ -310,6 +311,8 @@ def setup_mpi_distributed(backend: str | None = None, *, timeout: timedelta | No
     """
     if _process.made is not None and not _is_default(_process.made.group):
         cleanup_distributed()  # somebody else destroyed the group: what came with it goes too
+    if timeout is not None and not isinstance(timeout, timedelta):
+        raise ValueError(f"timeout={timeout!r}: give a datetime.timedelta")
     if dist.is_initialized():
         return _report(backend)
     launch = detect(os.environ)
@@ -328,7 +331,7 @@ def setup_mpi_distributed(backend: str | None = None, *, timeout: timedelta | No
             backend,
             rank=launch.rank,
             world_size=launch.world_size,
-            store=_process.meeting.next_store(),
+            store=_process.meeting.next_store(timeout),
             timeout=timeout,
             device_id=device if backend == "nccl" else None,
         )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.torch_version import TorchVersion
@@ -352,14 +353,17 @@ def test_what_cannot_be_compiled_breaks_a_graph_that_may_break() -> None:
         assert torch.equal(torch.compile(call, backend="aot_eager")(q, k, v), call(q, k, v))
 
 
-def test_forward_mode_is_refused_where_a_graph_is_traced() -> None:
-    q, k, v = given(8)
-
-    def tangents(q: Tensor) -> Tensor:
-        return torch.func.jvp(lambda q: nr.ContextParallel().attention(q, k, v), (q,), (q,))[1]
-
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.compile(tangents, backend="aot_eager")(q)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch itself
+@pytest.mark.parametrize("warm", [False, True])
+def test_forward_mode_is_refused_where_a_graph_is_traced(warm: bool) -> None:
+    """Also where a graph is there already, for calls without it."""
+    (q, k, v), cp = given(8), nr.ContextParallel()
+    compiled = torch.compile(lambda q: cp.attention(q, k, v), backend="aot_eager")
+    if warm:
+        compiled(q)
+    with pytest.raises(NotImplementedError, match="forward-mode"), forward_ad.dual_level():
+        compiled(forward_ad.make_dual(q.detach(), q.detach()))
+    assert compiled(q).shape == q.shape
 
 
 @pytest.mark.skipif(OLD, reason="the Dynamo of 2.6 keeps the words of an error to itself")
@@ -370,7 +374,7 @@ def test_what_is_no_table_is_refused_where_a_graph_is_traced() -> None:
         return cp.attention(*tensors[:3], cu_seqlens=tensors[3])
 
     for cu in (torch.tensor([0.0, 3.0, 8.0]), torch.tensor([[0, 3, 8]])):
-        with pytest.raises(Exception, match="cu_seqlens_q must be a 1-D int32 tensor"):
+        with pytest.raises(Exception, match="must be a 1-D"):
             torch.compile(packed, backend="aot_eager", fullgraph=True)(q, k, v, cu)
 
 
@@ -380,9 +384,9 @@ def test_what_cannot_be_compiled_says_so() -> None:
     cu = torch.tensor([0, 16], dtype=torch.int32)
     sink = torch.ones(1)
     for call, words in (
-        (lambda q, k, v: cp.attention(q, k, v, mask), "" if OLD else "a Mask of slices under torch.compile"),
-        (lambda q, k, v: packed.attention(q, k, v), "" if OLD else "cuts each document"),
-        (lambda q, k, v: cp.attention(q, k, v, learnable_sink=sink), "" if OLD else "learnable_sink is .* of shape"),
+        (lambda q, k, v: cp.attention(q, k, v, mask), None if OLD else "a Mask of slices under torch.compile"),
+        (lambda q, k, v: packed.attention(q, k, v), None if OLD else "cuts each document"),
+        (lambda q, k, v: cp.attention(q, k, v, learnable_sink=sink), None if OLD else "learnable_sink"),
         (lambda q, k, v: nr.wrap_ring_attn_func(q, k, v, dropout_p=0.5), "dropout_seed"),
         (lambda q, k, v: nr.flash_attention(q, k, v, return_total_attention=True), "return_total_attention.*outside the graph"),
         (

@@ -449,8 +449,9 @@ def alone_and_then_not(rank: int, world_size: int) -> None:
     with mock.patch.object(dist, "is_initialized", lambda: False):
         early = nr.ContextParallel()
     x = torch.randn(1, 8, 2, 4)
-    for call in (lambda: early.shard(x, 1), lambda: early.attention(x, x, x), lambda: early.position_ids(8)):
-        with pytest.raises(ValueError, match=f"this process was alone; there are {world_size} ranks: make it anew"):
+    compiled = torch.compile(lambda x: early.attention(x, x, x), backend="eager")
+    for call in (lambda: early.shard(x, 1), lambda: early.attention(x, x, x), lambda: early.position_ids(8), lambda: compiled(x)):
+        with pytest.raises(ValueError, match=f"this process was alone; there are {world_size} ranks: make it anew, or of a group"):
             call()
     assert alone.shard(x, 1).shape[1] == 8 // world_size
     own = [dist.new_group([n]) for n in range(world_size)][rank]

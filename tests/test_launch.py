@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -186,7 +187,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Faked:
     monkeypatch.setattr(launch, "_process", launch._Process())
     monkeypatch.setattr(launch.os, "environ", faked.environ)
     monkeypatch.setitem(sys.modules, "mpi4py", None)  # cannot be imported
-    monkeypatch.setattr(dist, "rendezvous", lambda *_: iter([(dist.HashStore(), 0, 0)]))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 0)]))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: faked.started.append({"backend": backend, **kwargs}))
     return faked
 
@@ -568,3 +569,13 @@ def test_two_mpiexec_at_once(start: Any, flavour: str) -> None:
     wrapped = ("sh", "-c", '"$0" "$@"; exit $?', sys.executable)
     four, two = start(*mpiexec(flavour), "-n", "4", *wrapped), start(*mpiexec(flavour), "-n", "2", sys.executable)
     assert check(four, flavour, 4) != check(two, flavour, 2)
+
+
+def test_a_timeout_is_that_of_the_meeting_and_of_the_group(faked: Faked, monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[dict[str, timedelta]] = []
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **named: met.append(named) or iter([(dist.HashStore(), 0, 0)]))
+    with pytest.raises(ValueError, match=r"timeout=5: give a datetime\.timedelta"):
+        setup_mpi_distributed("gloo", timeout=5)  # type: ignore[arg-type]
+    faked.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="20000")
+    setup_mpi_distributed("gloo", timeout=timedelta(seconds=5))
+    assert met == [{"timeout": timedelta(seconds=5)}] and faked.started[0]["timeout"] == timedelta(seconds=5)

@@ -364,10 +364,6 @@ def _checked(
     for name in ("causal", "deterministic"):
         if isinstance(given := getattr(options, name), str):
             raise ValueError(f"{name}={given!r}: give True or False")
-    most = torch.finfo(sum_dtype(q.dtype)).max  # in which scores are made
-    for name, number in (("softmax_scale", options.softmax_scale), ("softcap", options.softcap)):
-        if number is not None and abs(number) > most:
-            raise ValueError(f"{name}={number!r}: give at most {most:.3g}, with {q.dtype}")
     recipe = replace(recipe, **{**_of_recipe(options), "window": check_window(options.window_size)})
     for name, length in (("seq_len", rows.seq_len), ("seq_len_k", rows.seq_len_k)):
         if length is not None and not (isinstance(length, Integral) and length >= 0):
@@ -389,7 +385,7 @@ def _check_kernel(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Opti
 
 
 def check_extras(q: Tensor, options: Options, total_k: int) -> None:
-    """ValueError unless the tensors besides q, k and v fit them."""
+    """ValueError unless the tensors and numbers besides q, k and v fit them."""
     heads, batch = q.shape[-2], q.shape[0] if q.dim() == 4 else 1
     rows = q.shape[q.dim() - 3]
     allowed: dict[str, list[tuple[int, ...]]] = {
@@ -409,6 +405,10 @@ def check_extras(q: Tensor, options: Options, total_k: int) -> None:
             )
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}: give one device")
+    most = torch.finfo(sum_dtype(q.dtype)).max  # in which scores are made
+    for name, number in (("softmax_scale", options.softmax_scale), ("softcap", options.softcap)):
+        if number is not None and abs(number) > most:
+            raise ValueError(f"{name}={number!r}: give at most {most:.3g}, with {q.dtype}")
     if options.far is not None and q.shape[-1] % 2:
         raise ValueError(f"q and k have {q.shape[-1]} features; piecewise attention takes two halves")
 
@@ -455,16 +455,11 @@ def check_differentiable(*tensors: Tensor | None) -> None:
     Where a graph is traced tangents are not known, only that there may be some.
     """
     if torch.compiler.is_compiling():
-        forward_mode = _dual_level() >= 0
+        forward_mode = getattr(forward_ad, "_current_level", -1) >= 0
     else:
         forward_mode = any(isinstance(x, Tensor) and unpack_dual(x).tangent is not None for x in tensors)
     if forward_mode:
         raise NotImplementedError("forward-mode differentiation (jvp) of a sequence that ranks share: take gradients backward")
-
-
-@torch.compiler.assume_constant_result
-def _dual_level() -> int:
-    return int(getattr(forward_ad, "_current_level", -1))
 
 
 def check_names(recipe: Recipe) -> None:
