@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nnscaler_ring import ContextParallel, Mask
@@ -24,6 +25,7 @@ from nnscaler_ring.core.balance import balanced
 from nnscaler_ring.core.layout import Layout
 from nnscaler_ring.core.layouts import LAYOUTS
 from nnscaler_ring.core.mask import NO_LIMIT
+from nnscaler_ring.core.relayout import relayout
 from tests.worlds import Seen, Shape, check_call, held, naming, no_communication, no_faults, place, refusal, told, whole
 
 DOCUMENTS = (0, 7, 8, 8, 24)
@@ -484,3 +486,14 @@ def test_auto_may_let_heads_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 8, 2, 4)
     ContextParallel().attention(x, x, x)
     assert asked == ["auto"]
+
+
+def test_rows_do_not_move_over_a_grid() -> None:
+    with pytest.raises(ValueError, match="over a grid"):
+        relayout([torch.zeros(1, 2, 3)], None, 8, "contiguous", "zigzag", "pretend:2x2:0")
+
+
+def test_shapes_of_moved_rows_are_the_ranks_own() -> None:
+    with FakeTensorMode():
+        (moved,) = torch.ops.nnscaler_ring.relayout([torch.empty(1, 2, 3)], None, 5, "contiguous", "contiguous", "pretend:2:1", 1)
+    assert moved.shape == (1, 2, 3)

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from nnscaler_ring.core.kernels.aten import AtenCpu, AtenCuda, AtenXpu
 from nnscaler_ring.core.kernels.flash_attn import FlashAttn2
 from nnscaler_ring.core.kernels.flash_attn_cute import FlashAttn4
 from nnscaler_ring.core.kernels.flash_attn_hopper import FlashAttn3
+from nnscaler_ring.core.kernels.packed import Packing
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.kernels.transformer_engine import TransformerEngine
 from nnscaler_ring.core.kernels.triton import Triton
@@ -462,3 +463,26 @@ def test_spans_are_gathered_where_that_is_less(spans: list[tuple[int, int, int, 
     made = FlashAttn4().groups(q, k, np.array(spans), (-1, 0), False)
     assert [len(group) for group in made] == apart and np.array_equal(np.concatenate(made), spans)
     assert len(FlashAttn4().groups(q[:0], k[:0], np.array(spans), (-1, 0), False)) == 1
+
+
+def test_spans_of_as_many_rows_and_keys_in_all() -> None:
+    """Keys have boundaries of their own wherever one span has not as many as rows."""
+    call = Packing(np.array([[0, 4, 0, 8], [4, 12, 8, 12]]), torch.empty(1, 12, 1, 8)).call((-1, -1), Scores(scale=1.0))
+    assert call.cu_q is not None and call.cu_q.tolist() == [0, 4, 12]
+    assert call.cu_k is not None and call.cu_k.tolist() == [0, 8, 12]
+
+
+def test_wide_values_are_refused_like_wide_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FlashAttn2, "package", SimpleNamespace(label="flash-attn 2", load=lambda: None))
+    monkeypatch.setattr(FlashAttn2, "check_gpu", lambda self, case: None)
+    monkeypatch.setattr(FlashAttn2, "check_functions", lambda self, module, features: None)
+    FlashAttn2().check_sizes(Case("cuda", torch.bfloat16, 64, 256, 4, 4))
+    with pytest.raises(NotImplementedError, match="up to 256"):
+        FlashAttn2().check_sizes(Case("cuda", torch.bfloat16, 64, 264, 4, 4))
+
+
+def test_flash_attn_4_on_hopper_with_wide_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnscaler_ring.core.kernels.flash_attn_cute.capability", lambda *about: (9, 0))
+    FlashAttn4().check_gpu(Case("cuda", torch.bfloat16, 192, 128, 4, 4))
+    with pytest.raises(NotImplementedError, match="fewer key heads"):
+        FlashAttn4().check_gpu(Case("cuda", torch.bfloat16, 192, 128, 4, 2))

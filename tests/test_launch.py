@@ -579,3 +579,22 @@ def test_a_timeout_is_that_of_the_meeting_and_of_the_group(faked: Faked, monkeyp
     faked.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="20000")
     setup_mpi_distributed("gloo", timeout=timedelta(seconds=5))
     assert met == [{"timeout": timedelta(seconds=5)}] and faked.started[0]["timeout"] == timedelta(seconds=5)
+
+
+def test_an_mpi_of_another_rank_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = types.SimpleNamespace(Get_rank=lambda: 1, Get_size=lambda: 2, bcast=lambda x, root: x)
+    mpi4py = types.SimpleNamespace(MPI=types.SimpleNamespace(COMM_WORLD=world))
+    monkeypatch.setitem(sys.modules, "mpi4py", mpi4py)  # type: ignore[arg-type]
+    assert launch._by_mpi(Launch("mpich", 1, 2, 0, mpi=True)) is not None
+    assert launch._by_mpi(Launch("mpich", 0, 2, 0, mpi=True)) is None
+
+
+def test_a_port_is_that_of_its_job_in_every_process() -> None:
+    """Python's own hash differs from process to process."""
+    assert launch._port(Launch("mpich", 0, 2, 0, LOOPBACK, "job")) == "24824"
+
+
+def test_groups_of_one_launch_do_not_read_each_others_keys() -> None:
+    meeting = launch._Meeting(Launch("single", 0, 1, 0), {})
+    meeting.next_store(None).set("key", "old")
+    assert not meeting.next_store(None).check(["key"])

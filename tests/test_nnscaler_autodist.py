@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import nnscaler_ring
+from nnscaler_ring.annotations import policies
 from nnscaler_ring.annotations.policies import pas_sequence, write_partition_constraints
 from nnscaler_ring.annotations.runtime import nnscaler_runtime
 from nnscaler_ring.plugin import summed_cross_entropy
@@ -168,3 +169,14 @@ class TestTrace:
         codes, seconds, gigabytes = done.stdout.split()[-3:]
         assert int(codes) == 8
         assert float(seconds) < 10 and float(gigabytes) < 2, done.stdout
+
+
+def test_shuffled_rows_are_not_cut_where_attention_is_not(tmp_path: Path) -> None:
+    text = write_partition_constraints(tmp_path / "cuts.yaml", ["heads"]).read_text()
+    assert "- allowed_partition_dims: []\n  name: nnscaler_ring.plugin.shuffled_rows\n" in text
+
+
+def test_a_tensor_that_is_cut_on_one_dim_is_not_cut_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "_splits", lambda node, idx, dim, num: [(7, dim)])
+    cuts = policies._Cuts(2)
+    assert cuts.choose(object(), 0, 1) and not cuts.choose(object(), 0, 2)

@@ -391,3 +391,8 @@ class TestCuts:
     def test_no_cut_is_left_out(self, cuts: list[dict[str, Any]], model: type[Dense]) -> None:
         each_once = {(idx, dim) for idx, dim in cuts_of(model) if idx == 0}  # nnscaler names a cut by its first tensor
         assert cuts[0][model.__name__] == each_once
+
+
+def test_slopes_of_one_batch_row_are_not_cut_with_it() -> None:
+    shapes = {"q": (2, 16, 4, 8), "k": (2, 16, 4, 8), "v": (2, 16, 4, 8), "cu_seqlens": None, "alibi_slopes": (1, 4)}
+    assert annotation(SPECS["wrap_ring_attn_func"], shapes) == "b l h d^, b l h d^, b l h e^, ?, 1 h -> b l h e^"

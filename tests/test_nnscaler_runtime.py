@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nnscaler_ring.annotations import runtime
 from nnscaler_ring.annotations.runtime import nnscaler_runtime
 from tests.distributed import run_ranks
 
@@ -260,3 +262,42 @@ class TestCollectives:
             reduced = [6.0 * rank + 30, 6.0 * rank + 33]
             arrived = [[2.0 * rank + 10 * source, 2.0 * rank + 1 + 10 * source] for source in range(3)]
             assert found == [(reduced, arrived)] * 2
+
+
+def test_a_lost_connection_is_not_an_op_that_gloo_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    for name in ("reduce_scatter", "all_to_all"):
+        monkeypatch.setattr(dist, name, gone)
+    for name in ("reduce_scatter_tensor", "all_to_all_single"):
+        monkeypatch.setattr(dist, name, lambda *args, **kwargs: None)
+    x = torch.zeros(2)
+    for swap in runtime._gloo_collectives("cpu"):
+        with pytest.raises(RuntimeError, match="Connection closed"):
+            swap.value(x if swap.name == "reduce_scatter" else [x], [x])
+
+
+def test_groups_are_made_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: seen.append((args, kwargs)))
+    (swap,) = runtime._process_group("cpu")
+    swap.value("nccl", device_id=0, rank=0)
+    assert seen == [(("gloo",), {"rank": 0})]
+
+
+def test_what_is_swapped_comes_back_as_it_was() -> None:
+    class Base:
+        made = staticmethod(int)
+
+    class Derived(Base):
+        pass
+
+    with contextlib.ExitStack() as stack:
+        runtime._apply(stack, runtime.Swap(Base, "made", float))
+        runtime._apply(stack, runtime.Swap(Derived, "made", str))
+    assert isinstance(vars(Base)["made"], staticmethod) and "made" not in vars(Derived)
+
+
+def test_tensors_for_a_gpu_are_made_on_the_cpu() -> None:
+    assert runtime._Redirected("cpu").zeros(2, device="cuda").device.type == "cpu"

@@ -27,7 +27,7 @@ from nnscaler_ring.core.scaling import (
     report,
     timeline,
 )
-from nnscaler_ring.core.teams import deal, teams
+from nnscaler_ring.core.teams import deal, team_of, teams
 from tests import oracle
 from tests.shapes import KINDS, WORLDS, random_mask
 
@@ -153,3 +153,8 @@ def test_ranks_that_do_not_divide_into_teams_are_refused() -> None:
     machine = SPEEDS["fa2-h100"], NETWORKS["nvlink"]
     with pytest.raises(ValueError, match="8 ranks do not divide into teams of 3"):
         report(build_mask(64), build("contiguous", 64, 8), "ring", Shape(), *machine, inner=3)
+
+
+def test_who_shares_key_heads() -> None:
+    of_heads = {heads_k: team_of(build("contiguous", 8, 2), 2, 0, 4, heads_k).shared for heads_k in (4, 2, 1)}
+    assert of_heads == {4: False, 2: False, 1: True}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnscaler_ring.core import engine, kernels
+from nnscaler_ring.core import engine, kernels, walk
 from nnscaler_ring.core.device import index_of
 from nnscaler_ring.core.held import AGAIN, MORE, Place, fused
 from nnscaler_ring.core.intervals import covered, times
@@ -368,3 +368,18 @@ def test_float64_is_added_up_in_float64(monkeypatch: pytest.MonkeyPatch) -> None
         for value in (1.0, 2.0**-30, -1.0):
             total.add(rows, torch.full((1, 32, 1, 1), value, dtype=torch.float64))
         assert (total.result() == 2.0**-30).all()
+
+
+def test_what_is_to_come_is_counted_in_a_copy() -> None:
+    """It is the plan's own, which later calls read."""
+    come = np.array([2, 2])
+    Sum(torch.empty(1, 2, 1, 1), come=come).place(np.array([[0, 2]]))
+    assert come.tolist() == [2, 2]
+
+
+def test_gradients_are_added_up_in_fp32_whatever_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, inside = [], walk.KVSums.inside
+    monkeypatch.setattr(walk.KVSums, "inside", lambda rows, parts: seen.append(rows.keys.dtype) or inside(rows, parts))
+    given = oracle.inputs(0, (1, 16, 16), (2, 2, 8, 8), torch.float32)
+    oracle.run(given, 0.3, Recipe(group="local:4", transport="ring", kernel="reference", causal=True, reduce_dtype="bfloat16"))
+    assert set(seen) == {torch.float32}

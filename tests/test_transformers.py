@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import nnscaler_ring
 from nnscaler_ring import ContextParallel, substitute_hf_flash_attn, update_ring_flash_attn_params, use_ring_attn
 from nnscaler_ring.core import layouts
+from nnscaler_ring.core.call import group_name
 from nnscaler_ring.integrations import families, substitute
 from nnscaler_ring.integrations.transformers import Attention, next_token_loss, refuse_masks, register, registered
 from tests.test_options import Watch
@@ -444,3 +445,55 @@ def test_substitute_refuses_what_is_wrong() -> None:
         update_ring_flash_attn_params(torch.tensor([0], dtype=torch.int32), None)
     with pytest.raises(ValueError, match="heads_k_stride"):
         substitute_hf_flash_attn(None, -1)
+
+
+def test_a_layer_passes_its_dropout_and_its_dtype() -> None:
+    attention, model = alone()
+    layer, q = model.model.layers[0].self_attn, torch.randn(1, 4, 6, 8)
+    dropped, whole = (attention(layer, q, q, q, None, dropout=p)[0] for p in (0.5, 0.0))
+    assert not torch.equal(dropped, whole)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(layer, q, q, q.to(torch.bfloat16), None)[0].dtype == torch.bfloat16
+
+
+def test_a_layer_looks_at_its_model() -> None:
+    """Also of a model that was made with the name, without `apply`."""
+    attention, model = alone()
+    layer, q = model.model.layers[0].self_attn, torch.randn(1, 4, 6, 8)
+    layer.config.output_router_logits = True
+    with pytest.raises(NotImplementedError, match="output_router_logits"):
+        attention(layer, q, q, q, None)
+    tuned = nn.Module()
+    tuned.attn_temperature_tuning = True
+    with pytest.raises(NotImplementedError, match="scales queries by positions"):
+        families.check_layer(tuned, {}, True, None)
+    rope = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"rope_type": "default"}}
+    with pytest.raises(NotImplementedError, match="RoPE of"):
+        families.check_config(SimpleNamespace(rope_parameters=rope), 2)
+
+
+def test_positions_that_are_written_over_say_other_documents() -> None:
+    attention, model = alone()
+    ids = packed_row()["input_ids"]
+    cu = torch.tensor([0, 5, ids.shape[1]], dtype=torch.int32)
+    two, one = attention.shard_batch({"input_ids": ids}, cu_seqlens=cu), attention.shard_batch({"input_ids": ids})
+    two["position_ids"].copy_(one["position_ids"])
+    got, want = (model(input_ids=ids, position_ids=each["position_ids"], use_cache=False).logits for each in (two, one))
+    torch.testing.assert_close(got, want)
+
+
+def test_substitutes_refuse_masks_made_by_functions() -> None:
+    substitute_hf_flash_attn(None)
+    with pytest.raises(NotImplementedError, match="a mask function"):
+        registered("ring_attn")[1](use_vmap=True)  # type: ignore[misc]
+
+
+def boundaries_of_groups(rank: int, world_size: int) -> None:
+    groups = [dist.new_group([n]) for n in range(world_size)]
+    with mock.patch.dict(substitute._BOUNDARIES, clear=True):
+        update_ring_flash_attn_params(torch.tensor([0, 3, 8], dtype=torch.int32), groups[rank])
+        assert [*substitute._BOUNDARIES] == [group_name(groups[rank])]
+
+
+def test_boundaries_are_of_a_group(ranks) -> None:
+    ranks(2).run(boundaries_of_groups)
