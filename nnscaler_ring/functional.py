@@ -236,8 +236,10 @@ def llama3_flash_attn_varlen_func(
     if torch.compiler.is_compiling():
         raise NotImplementedError("llama3_flash_attn_varlen_func under torch.compile: call it outside the graph")
     check_qkv(q, k, v)
-    if heads_k_stride < 1 or k.shape[-2] % heads_k_stride:
-        raise ValueError(f"heads_k_stride={heads_k_stride} must divide the {k.shape[-2]} key heads")
+    if not isinstance(heads_k_stride, Integral) or heads_k_stride < 1 or k.shape[-2] % heads_k_stride:
+        raise ValueError(f"heads_k_stride={heads_k_stride!r} must divide the {k.shape[-2]} key heads")
+    if not isinstance(local_k_slice, slice):
+        raise ValueError(f"local_k_slice={local_k_slice!r}: give the slice that llama3_flash_attn_prepare_cu_seqlens returns")
     recipe = Recipe(group=group_name(group), transport="broadcast", kernel=kernel, heads_stride=heads_k_stride)
     options = Options(
         softmax_scale=softmax_scale,

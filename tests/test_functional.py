@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -304,3 +305,22 @@ def test_prepare_says_what_each_rank_sees(causal: bool) -> None:
 def test_llama3_leaves_out_documents_without_tokens() -> None:
     row = llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 3, 3, 8], dtype=torch.int32), True, 0, 1)
     assert row[0].tolist() == row[1].tolist() == [0, 3, 8]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"heads_k_stride": None}, "heads_k_stride=None must divide the 2 key heads"),
+        ({"heads_k_stride": 3}, "heads_k_stride=3 must divide"),
+        ({"local_k_slice": None}, "local_k_slice=None: give the slice that"),
+        ({"local_k_slice": slice(0, 9)}, "within the row's 8 tokens"),
+        ({"max_seqlen_q": "8"}, "max_seqlen='8', but the longest document of cu_seqlens has 5"),
+        ({"max_seqlen_k": None}, "max_seqlen=None, but"),
+    ],
+)
+def test_what_llama3_is_told_is_looked_at(change: dict[str, Any], why: str) -> None:
+    cu_q, cu_k, max_q, max_k, keys = llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 3, 8]), True, 0, 1)
+    said = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k, "local_k_slice": keys}
+    q, k, v = (torch.randn(8, heads, 4) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match=re.escape(why)):
+        nnscaler_ring.llama3_flash_attn_varlen_func(q, k, v, **{**said, "heads_k_stride": 1, **change}, causal=True)

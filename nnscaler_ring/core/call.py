@@ -508,8 +508,8 @@ def check_documents(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> np.ndar
         raise ValueError("cu_seqlens must be an int32 tensor, got None")
     cu = check_cu_seqlens("cu_seqlens", table.numpy(), tokens)
     longest = int(np.diff(cu).max(initial=0))
-    if max_seqlen is None or max_seqlen < longest:
-        raise ValueError(f"max_seqlen={max_seqlen}, but the longest document of cu_seqlens has {longest} tokens")
+    if not _is_number(max_seqlen) or max_seqlen < longest:
+        raise ValueError(f"max_seqlen={max_seqlen!r}, but the longest document of cu_seqlens has {longest} tokens")
     return cu
 
 
