@@ -26,30 +26,27 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from long_context.data import packed_rows
+from long_context.options import positive
 from nnscaler_ring import ContextParallel, cleanup_distributed, setup_mpi_distributed
+from nnscaler_ring.core.layouts import LAYOUTS
 from nnscaler_ring.integrations.transformers import Attention, next_token_loss
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", help="a folder or name for from_pretrained; a small Llama of random weights where left out")
-    layouts = ("contiguous", "zigzag", "stripe", "balanced", "contiguous-per-document", "zigzag-per-document")
-    parser.add_argument("--layout", default="zigzag", choices=layouts, help="balanced suits rows of many documents")
+    parser.add_argument("--layout", default="zigzag", choices=[*LAYOUTS], help="balanced suits rows of many documents")
     parser.add_argument("--seq-len", type=positive, default=4096, help="tokens of a row")
     parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--fsdp", action="store_true", help="shard the weights too (FSDP2); else each rank has all of them (DDP)")
     options = parser.parse_args()
+    if options.seq_len < 8:
+        parser.error(f"--seq-len {options.seq_len} is too short: give at least 8")
     world = setup_mpi_distributed()
     with contextlib.ExitStack() as stack:
         stack.callback(cleanup_distributed)
         train(options, torch.device(world["device"]), world["world_size"])
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 def train(options: argparse.Namespace, device: torch.device, world_size: int) -> None:

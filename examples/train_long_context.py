@@ -30,6 +30,7 @@ from tqdm import tqdm
 from long_context.data import Batch, packed_rows
 from long_context.engines import Step, build_dtensor_step, build_single_device_step
 from long_context.model import Attention
+from long_context.options import positive
 from long_context.report import TOLERANCE, History, differences, save_picture, shares
 from long_context.variants import VARIANTS
 from nnscaler_ring.annotations.runtime import INSTALL_HINT
@@ -71,13 +72,6 @@ def parse_options() -> argparse.Namespace:
         shortest = 8 * options.world_size
         parser.error(f"--seq-len {options.seq_len} is too short for {options.world_size} processes: give at least {shortest}")
     return options
-
-
-def positive(text: str) -> int:
-    """An argparse type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def launch(world_size: int) -> int:

@@ -106,12 +106,9 @@ def _library(parser: argparse.ArgumentParser, option: str, name: str) -> Any:
     """An optional library, or an error that says how to install it."""
     try:
         return import_module(name)
-    except ModuleNotFoundError as why:
-        if why.name != name:
-            parser.error(f"{option} needs {name}, which does not load: {why}")
-        parser.error(f"{option} needs {name}: pip install {name}")
     except ImportError as why:
-        parser.error(f"{option} needs {name}, which does not load: {why}")
+        lacking = isinstance(why, ModuleNotFoundError) and why.name == name
+        parser.error(f"{option} needs {name}" + (f": pip install {name}" if lacking else f", which does not load: {why}"))
 
 
 @dataclass(frozen=True)

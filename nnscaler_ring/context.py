@@ -58,12 +58,6 @@ def _tokens(x: Tensor, dim: int) -> int:
     return x.shape[dim]
 
 
-@torch.compiler.assume_constant_result
-def _world_size() -> int:
-    """Ranks of the default group; 1 where there is none."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _warn_if_alone() -> None:
     """A process that was started as one of many, and has joined no group, computes by itself what the others compute too."""
     if dist.is_available() and dist.is_initialized():
@@ -160,10 +154,10 @@ class ContextParallel:
 
     def _check_alone(self) -> None:
         """ValueError where others have come since this process made this object for itself."""
-        if self._alone and (world := _world_size()) > 1:
+        if self._alone and (now := group_name(None)) != self._recipe.group:
             raise ValueError(
-                f"this ContextParallel was made when this process was alone; there are {world} ranks: make it anew, or of a group "
-                "of this rank alone"
+                f"this ContextParallel was made when this process was alone; there are {num_ranks(now)} ranks: make it anew, or of "
+                "a group of this rank alone"
             )
 
     @torch.compiler.disable

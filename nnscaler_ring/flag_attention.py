@@ -59,7 +59,7 @@ def flash_attention(
         raise ValueError(
             f"{', '.join(wrong)}: give True or False; the dropout that newer FlagAttention has there is dropout_p= here"
         )
-    name = "local:1" if process_group is None else group_name(process_group)
+    name = _group_name(process_group)
     recipe = Recipe(group=name, layout=layout, transport=transport, kernel=kernel)
     options = Options(softmax_scale=sm_scale, dropout_p=dropout_p, causal=causal, return_attn_probs=return_log_normalizer)
     with announced(name, q):
@@ -103,11 +103,16 @@ def piecewise_attention(
         >>> piecewise_attention(q1, k1, q2, k2, v, 4, causal=True).shape
         torch.Size([1, 4, 16, 8])
     """
-    with announced("local:1" if process_group is None else group_name(process_group), q1):
+    with announced(_group_name(process_group), q1):
         q1, k1, q2, k2, v = _tokens_first(q1=q1, k1=k1, q2=q2, k2=k2, v=v)
     out = wrap_piecewise_attn_func(q1, k1, q2, k2, v, dist_threshold, causal, sm_scale, process_group=process_group)
     assert isinstance(out, torch.Tensor)
     return out.transpose(1, 2)
+
+
+def _group_name(process_group: Group) -> str:
+    """The name of a group; that of this process alone for None."""
+    return "local:1" if process_group is None else group_name(process_group)
 
 
 def _tokens_first(**given: Tensor) -> list[Tensor]:

@@ -301,7 +301,6 @@ def total_attention(q: Tensor, k: Tensor, lse: Tensor, recipe: Recipe, options: 
     Args:
         q, k, recipe, options, rows: as for `attend`; without slopes, a bias or a sink.
         lse: what `attend` returned, ``[B, Hq, Lq]``.
-
     """
     transport = "auto" if recipe.transport == ALL_TO_ALL else recipe.transport
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
