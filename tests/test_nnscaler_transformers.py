@@ -14,7 +14,7 @@ from nnscaler_ring.integrations.transformers import Attention
 from nnscaler_ring.plugin import summed_cross_entropy
 from tests.distributed import run_ranks
 from tests.test_nnscaler_runtime import needs_nnscaler
-from tests.test_nnscaler_training import BATCH, SEQ, Run, all_trained
+from tests.test_nnscaler_training import BATCH, SEQ, Run, all_trained, batch
 
 pytest.importorskip("transformers", "4.48", reason="needs transformers >= 4.48")
 from tests.test_transformers import build, has
@@ -23,7 +23,7 @@ from tests.test_transformers import build, has
 class Llama(nn.Module):
     """A model in float64 and a summed loss over its tokens."""
 
-    family, op = "llama", staticmethod(wrap_ring_attn_func)
+    family, op, inputs = "llama", staticmethod(wrap_ring_attn_func), staticmethod(batch)
 
     def __init__(self) -> None:
         super().__init__()
