@@ -161,11 +161,11 @@ class ContextParallel:
             )
 
     @torch.compiler.disable
-    def _layout(self, seq_len: int, cu_seqlens: Tensor | None) -> Layout:
+    def _layout(self, seq_len: int, cu: Tensor | None) -> Layout:
+        """Of boundaries on the host, as `host_table` gives them."""
         self._check_alone()
         if not isinstance(seq_len, Integral) or seq_len < 0:
             raise ValueError(f"seq_len={seq_len!r}: give the number of tokens of the whole sequence")
-        cu = host_table("cu_seqlens", cu_seqlens)
         if cu is not None:
             check_cu_seqlens("cu_seqlens", cu.numpy(), seq_len)
         elif needs_documents(self._recipe.layout):
@@ -189,8 +189,8 @@ class ContextParallel:
             [0, 1, 2, 0, 1]
         """
         self._check_documents(cu_seqlens)
-        positions = self._layout(seq_len, cu_seqlens).positions(self.rank)
         cu = host_table("cu_seqlens", cu_seqlens)
+        positions = self._layout(seq_len, cu).positions(self.rank)
         if cu is not None:
             starts = cu.numpy()
             positions = positions - starts[np.searchsorted(starts, positions, side="right") - 1]
@@ -212,7 +212,7 @@ class ContextParallel:
             [0, 1, 2, 3, 4, 5]
         """
         check_plain(x)
-        held = self._layout(_tokens(x, dim), cu_seqlens)
+        held = self._layout(_tokens(x, dim), host_table("cu_seqlens", cu_seqlens))
         self._by_documents = cu_seqlens is not None
         self._last_uneven = bool((held.counts != held.counts[0]).any())
         self._uneven |= set(held.counts.tolist()) if self._last_uneven else set()
@@ -245,10 +245,11 @@ class ContextParallel:
             check_plain(x)
             check_differentiable(x)
             self._check_documents(cu_seqlens)
-            seq_len = self._total(_tokens(x, dim), cu_seqlens, seq_len)
-            self._layout(seq_len, cu_seqlens)
+            cu = host_table("cu_seqlens", cu_seqlens)  # read from the device once
+            seq_len = self._total(_tokens(x, dim), cu, seq_len)
+            self._layout(seq_len, cu)
         rows = x.movedim(dim, 0).unsqueeze(0)
-        whole = gather(rows, host_table("cu_seqlens", cu_seqlens), seq_len, self._recipe.layout, self._recipe.group)
+        whole = gather(rows, cu, seq_len, self._recipe.layout, self._recipe.group)
         return whole.squeeze(0).movedim(0, dim)
 
     def _check_documents(self, cu_seqlens: Tensor | None) -> None:
@@ -260,10 +261,9 @@ class ContextParallel:
                 "documents, so give the same boundaries to every call"
             )
 
-    def _total(self, tokens: int, cu_seqlens: Tensor | None, seq_len: int | None) -> int:
+    def _total(self, tokens: int, cu: Tensor | None, seq_len: int | None) -> int:
         if seq_len is not None:
             return seq_len
-        cu = host_table("cu_seqlens", cu_seqlens)
         if cu is not None:
             return int(check_cu_seqlens("cu_seqlens", cu.numpy(), None)[-1])
         self._check_even(tokens, tokens in self._uneven)
@@ -291,14 +291,15 @@ class ContextParallel:
         """Attention over the whole sequence, on this rank's tokens.
 
         Args:
-            q: ``[B, L, Hq, D]``, this rank's tokens as `shard` gives them; k ``[B, L, Hk, D]``; v ``[B, L, Hk, Dv]``.
+            q: ``[B, L, Hq, D]``, this rank's tokens as `shard` gives them; k ``[B, Lk, Hk, D]``; v ``[B, Lk, Hk, Dv]``.
             mask: ``causal``, ``full``, or a `core.mask.Mask` of band slices over the whole sequence.
             softmax_scale: factor of the scores; ``D ** -0.5`` where None.
             cu_seqlens: int32 boundaries of packed documents ``[0, ..., S]``, the same in every batch row.
             options: ``window_size=(left, right)``; ``sinks``, the first tokens of each document seen from beyond the window;
                 ``prefix``, the first tokens of each document seen by earlier ones; ``seq_len``, `S` where ranks hold different
-                numbers of tokens; ``deterministic``; ``return_attn_probs``; and ``softcap``, ``alibi_slopes``, ``learnable_sink``,
-                ``bias``, ``dropout_p``, ``dropout_seed``, see `core.call.Options`.
+                numbers of tokens, and ``seq_len_k`` where keys are not as many (aligned at the last token, in the same layout);
+                ``deterministic``; ``return_attn_probs``; and ``softcap``, ``alibi_slopes``, ``learnable_sink``, ``bias``,
+                ``dropout_p``, ``dropout_seed``, see `core.call.Options`.
 
         Returns:
             out ``[B, L, Hq, Dv]``, or ``(out, softmax_lse, None)``.
@@ -325,15 +326,22 @@ class ContextParallel:
             check_qkv(q, k, v)
             self._check_documents(cu_seqlens)
             cu_seqlens = host_table("cu_seqlens", cu_seqlens)  # read from the device once
-            total = self._total(q.shape[q.dim() - 3], cu_seqlens, rows.seq_len)
+            total, total_k = self._total(q.shape[q.dim() - 3], cu_seqlens, rows.seq_len), rows.seq_len_k
+            if total_k is None and rows.seq_len is None and cu_seqlens is None:
+                total_k = self._total(k.shape[k.dim() - 3], None, None)
             self._layout(total, cu_seqlens)
-        return attend(q, k, v, self._recipe, settled, replace(rows, seq_len=total, cu_seqlens_q=cu_seqlens), heads_may_travel=True)
+        rows = replace(rows, seq_len=total, seq_len_k=total_k, cu_seqlens_q=cu_seqlens)
+        return attend(q, k, v, self._recipe, settled, rows, heads_may_travel=True)
 
     def _settled(
         self, mask: str | Mask, softmax_scale: float | None, cu_seqlens: Tensor | None, options: dict[str, Any]
     ) -> tuple[Options, Rows]:
         """What `attention` is asked for besides its tensors."""
-        rows = Rows(seq_len=options.pop("seq_len", None), cu_seqlens_q=cu_seqlens, slices=mask if isinstance(mask, Mask) else None)
+        slices = mask if isinstance(mask, Mask) else None
+        seq_len, seq_len_k = options.pop("seq_len", None), options.pop("seq_len_k", None)
+        if slices is not None and seq_len is not None and seq_len_k is None:
+            seq_len_k = slices.k_len
+        rows = Rows(seq_len=seq_len, seq_len_k=seq_len_k, cu_seqlens_q=cu_seqlens, slices=slices)
         documents = cu_seqlens is not None and not looks_at_documents(self._recipe.layout)  # for the mask, not for the layout
         if isinstance(mask, Mask) and (documents or {"window_size", "sinks", "prefix"} & options.keys()):
             raise ValueError("a Mask says everything: leave out cu_seqlens, window_size, sinks and prefix")
@@ -341,7 +349,7 @@ class ContextParallel:
             given = f"a tensor {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
             raise ValueError(f"mask is {given}: give 'causal', 'full' or a Mask, which says in slices who sees whom")
         if unknown := [name for name in options if name not in KNOWN]:
-            names = ("softmax_scale", "cu_seqlens", "seq_len", *KNOWN)
+            names = ("softmax_scale", "cu_seqlens", "seq_len", "seq_len_k", *KNOWN)
             raise TypeError(f"attention() takes no {', '.join(unknown)}: mask= says 'causal' or 'full'; besides there are {names}")
         settled = Options(softmax_scale=softmax_scale, causal=mask == "causal", **options)
         if cu_seqlens is None and needs_documents(self._recipe.layout):

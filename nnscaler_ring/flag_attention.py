@@ -5,6 +5,8 @@ Legend: `B` batch, `Sq`/`Sk` tokens of this rank, `H`/`Hk` heads, `D`/`Dv` head 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,8 @@ def flash_attention(
     layout: str = "contiguous",
     transport: str = "auto",
     kernel: str = "auto",
+    seq_len: int | None = None,
+    seq_len_k: int | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Attention that also tells how much attention each key got.
 
@@ -36,7 +40,7 @@ def flash_attention(
         sm_scale: factor of the scores; ``D ** -0.5`` where None.
         return_log_normalizer: return the log-sum-exp of the scores too, natural log; differentiable.
         return_total_attention: return for each key the attention weights summed over all queries, before dropout; no gradient.
-        dropout_p, layout, transport, kernel: see `wrap_ring_attn_func`.
+        dropout_p, layout, transport, kernel, seq_len, seq_len_k: see `wrap_ring_attn_func`.
         process_group: the ranks that each pass a shard; None: this process alone.
 
     Returns:
@@ -64,10 +68,11 @@ def flash_attention(
     options = Options(softmax_scale=sm_scale, dropout_p=dropout_p, causal=causal, return_attn_probs=return_log_normalizer)
     with announced(name, q):
         q, k, v = _tokens_first(q=q, k=k, v=v)
-    out, lse = out_and_lse(q, k, v, recipe, options, Rows())
+    rows = Rows(seq_len=seq_len, seq_len_k=seq_len_k)
+    out, lse = out_and_lse(q, k, v, recipe, options, rows)
     answers = [out.transpose(1, 2), *([lse] if return_log_normalizer else [])]
     if return_total_attention:
-        answers.append(total_attention(q, k, lse, recipe, options, Rows()))
+        answers.append(total_attention(q, k, lse, recipe, options, rows))
     return answers[0] if len(answers) == 1 else tuple(answers)
 
 
@@ -82,6 +87,8 @@ def piecewise_attention(
     sm_scale: float | None = None,
     *,
     process_group: Group = None,
+    seq_len: int | None = None,
+    seq_len_k: int | None = None,
 ) -> Tensor:
     """`wrap_piecewise_attn_func` on ``[B, H, S, D]``: scores ``q2.k2`` at a distance of `dist_threshold` or more, else ``q1.k1``.
 
@@ -91,6 +98,7 @@ def piecewise_attention(
         causal: no token sees a later one.
         sm_scale: factor of the scores; ``D ** -0.5`` where None.
         process_group: the ranks that each pass a shard; None: this process alone.
+        seq_len, seq_len_k: see `wrap_ring_attn_func`.
 
     Returns:
         out ``[B, H, S, Dv]``.
@@ -105,7 +113,8 @@ def piecewise_attention(
     """
     with announced(_group_name(process_group), q1):
         q1, k1, q2, k2, v = _tokens_first(q1=q1, k1=k1, q2=q2, k2=k2, v=v)
-    out = wrap_piecewise_attn_func(q1, k1, q2, k2, v, dist_threshold, causal, sm_scale, process_group=process_group)
+    group: dict[str, Any] = {"process_group": process_group, "seq_len": seq_len, "seq_len_k": seq_len_k}
+    out = wrap_piecewise_attn_func(q1, k1, q2, k2, v, dist_threshold, causal, sm_scale, **group)
     assert isinstance(out, torch.Tensor)
     return out.transpose(1, 2)
 

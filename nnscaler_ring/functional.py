@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .core.call import Options, Result, Rows, attend, check_documents, check_qkv, group_name, host_table, traced
-from .core.mask import NO_LIMIT, Mask, check_cu_seqlens, check_window
+from .core.call import Options, Result, Rows, attend, check_boundaries, check_documents, check_qkv, group_name, traced
+from .core.mask import NO_LIMIT, Mask, check_window
 from .core.recipe import Recipe
 from .core.transport import num_ranks, resolve_group, transport_of
 from .fronts import fixed, packed
@@ -43,6 +43,7 @@ def ring_flash_attn_func(
     transport: str = "ring",
     kernel: str = "auto",
     seq_len: int | None = None,
+    seq_len_k: int | None = None,
     softcap: float = 0.0,
     learnable_sink: Tensor | None = None,
     dropout_seed: int | None = None,
@@ -56,6 +57,7 @@ def ring_flash_attn_func(
             grouped_ring or halo).
         kernel: ``auto``, or the name of a backend.
         seq_len: tokens of the whole sequence where ranks hold different numbers; ``P * L`` where None.
+        seq_len_k: its key tokens, where they are not as many; `seq_len` where None.
         softcap, learnable_sink, dropout_seed: see `core.call.Options`.
 
     Returns:
@@ -82,7 +84,7 @@ def ring_flash_attn_func(
         learnable_sink=learnable_sink,
         dropout_seed=dropout_seed,
     )
-    return attend(q, k, v, recipe, options, Rows(seq_len=seq_len))
+    return attend(q, k, v, recipe, options, Rows(seq_len=seq_len, seq_len_k=seq_len_k))
 
 
 def ring_flash_attn_varlen_func(
@@ -172,8 +174,7 @@ def llama3_flash_attn_prepare_cu_seqlens(
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} is not below world_size={world_size}")
-    table = host_table("cu_seqlens", cu_seqlens)
-    cu = check_cu_seqlens("cu_seqlens", np.zeros(0) if table is None else table.numpy(), None)
+    cu = check_boundaries(cu_seqlens, None)
     if cu[-1] % world_size:
         raise ValueError(f"the row's {cu[-1]} tokens do not divide by world_size={world_size}: pad its last document")
     start, stop = (int(cu[-1]) // world_size * n for n in (rank, rank + 1))
@@ -285,6 +286,8 @@ def ring_sliding_window_attn_varlen(
     num_sinks: int = 0,
     transport: str = "auto",
     kernel: str = "auto",
+    seq_len: int | None = None,
+    seq_len_k: int | None = None,
 ) -> Tensor:
     """Causal sliding-window attention on contiguous shards of packed rows: a query sees itself and `window_size` keys before it.
 
@@ -296,7 +299,7 @@ def ring_sliding_window_attn_varlen(
         cp_size, cp_local_rank, cp_prev_global_rank, cp_next_global_rank: what the group says already; checked where given.
         softmax_scale: factor of the scores; ``D ** -0.5`` where None.
         num_sinks: first tokens of each document that all its later queries see too.
-        transport, kernel: see `ring_flash_attn_func`.
+        transport, kernel, seq_len, seq_len_k: see `ring_flash_attn_func`.
 
     Returns:
         out like q, with v's head dim.
@@ -315,7 +318,7 @@ def ring_sliding_window_attn_varlen(
         raise ValueError(f"window_size={window_size}: give the number of earlier keys a query sees, >= 0")
     recipe = Recipe(group=name, transport=transport, kernel=kernel)
     options = Options(softmax_scale=softmax_scale, causal=True, window_size=(window_size, 0), sinks=num_sinks)
-    out = attend(q, k, v, recipe, options, Rows(cu_seqlens_q=cu_seqlens))
+    out = attend(q, k, v, recipe, options, Rows(seq_len=seq_len, seq_len_k=seq_len_k, cu_seqlens_q=cu_seqlens))
     assert isinstance(out, Tensor)
     return out
 
@@ -351,13 +354,15 @@ def ring_sliding_window_attn(
     num_sinks: int = 0,
     transport: str = "auto",
     kernel: str = "auto",
+    seq_len: int | None = None,
+    seq_len_k: int | None = None,
 ) -> Tensor:
     """Causal sliding-window attention on contiguous shards: a query sees itself and `window_size` keys before it.
 
     Args:
         q: ``[B, L, Hq, D]``; k ``[B, L, Hk, D]``; v ``[B, L, Hk, Dv]``.
         window_size, cp_group, cp_size, cp_local_rank, cp_prev_global_rank, cp_next_global_rank, softmax_scale, num_sinks,
-            transport, kernel: see `ring_sliding_window_attn_varlen`.
+            transport, kernel, seq_len, seq_len_k: see `ring_sliding_window_attn_varlen`.
 
     Returns:
         out ``[B, L, Hq, Dv]``.
@@ -372,6 +377,7 @@ def ring_sliding_window_attn(
     """
     group = (cp_group, cp_size, cp_local_rank, cp_prev_global_rank, cp_next_global_rank)
     choices: dict[str, Any] = {"num_sinks": num_sinks, "transport": transport, "kernel": kernel}
+    choices |= {"seq_len": seq_len, "seq_len_k": seq_len_k}
     return ring_sliding_window_attn_varlen(q, k, v, window_size, None, *group, softmax_scale, **choices)
 
 

@@ -80,8 +80,7 @@ class Settings:
         return Settings(**{**given, "window_size": tuple(given.get("window_size", (-1, -1)))})
 
 
-_NAMES = tuple(f.name for f in fields(Settings))
-_OPTIONS = tuple(f.name for f in fields(Options) if f.name in _NAMES)
+_OPTIONS = tuple(f.name for f in fields(Options) if f.name in {g.name for g in fields(Settings)})
 
 
 def options_of(settings: Settings, **more: Any) -> Options:
@@ -257,7 +256,7 @@ def packed_attention(
 
 
 _SHARED: tuple[str, ...] = ("softmax_scale", "dropout_p", "window_size", "deterministic", "return_attn_probs")
-_SHARED += ("transport", "kernel", "seq_len", "softcap", "dropout_seed")
+_SHARED += ("transport", "kernel", "seq_len", "seq_len_k", "softcap", "dropout_seed")
 """The plain arguments that all fronts have, in the order in which they hand them on."""
 
 
@@ -272,13 +271,12 @@ def _run(op: str, tensors: Sequence[Tensor | None], process_group: Group, shared
     scale, far = given["softmax_scale"], given.get("far")
     Options(softmax_scale=scale, dropout_p=given["dropout_p"], softcap=given["softcap"], far=far)
     given = {**given, "softmax_scale": None if scale is None else float(scale), "window_size": check_window(given["window_size"])}
-    plain = {name: given[name] for name in _NAMES if name in given}
     if torch.compiler.is_compiling():  # numbers that a graph takes as arguments, as a seed of each call's own, fit in no string
         lengths = {name: traced(given.get(name)) for name in ("seq_len", "seq_len_k")}  # shards may differ: a graph for each
-        result = _attention(SPECS[op], tensors, Settings(**{**plain, **lengths}), process_group)
+        result = _attention(SPECS[op], tensors, Settings(**{**given, **lengths}), process_group)
     else:
         entry: Callable[..., Outputs] = dense_attention if "batch" in SPECS[op].out else packed_attention
-        result = entry(*tensors, op=op, settings=str(Settings(**plain)), process_group=process_group)
+        result = entry(*tensors, op=op, settings=str(Settings(**given)), process_group=process_group)
     if not given["return_attn_probs"]:
         return cast(Tensor, result)
     return result[0], result[1], None
@@ -302,6 +300,7 @@ def _dense_attn(
     transport: str = "auto",
     kernel: str = "auto",
     seq_len: int | None = None,
+    seq_len_k: int | None = None,
     softcap: float = 0.0,
     learnable_sink: Tensor | None = None,
     dropout_seed: int | None = None,
@@ -325,6 +324,7 @@ def _dense_attn(
         transport: ``auto``, ``ring``, ``grouped_ring``, ``all_gather``, ``halo`` or ``all_to_all``.
         kernel: ``auto``, or the name of a backend.
         seq_len: tokens of the whole sequence, for plain shards of different lengths.
+        seq_len_k: its key tokens, where they are not as many; `seq_len` where None.
         softcap: scores ``softcap * tanh(score / softcap)``; 0 for none.
         learnable_sink: logits ``[Hq]`` of a key without a value, one a head.
         dropout_seed: of the dropout; drawn from torch's default CPU generator where None.
@@ -344,7 +344,7 @@ def _dense_attn(
         torch.Size([1, 16, 4, 8])
     """
     shared: tuple[Any, ...] = (softmax_scale, dropout_p, window_size, deterministic, return_attn_probs)
-    shared += (transport, kernel, seq_len, softcap, dropout_seed)
+    shared += (transport, kernel, seq_len, seq_len_k, softcap, dropout_seed)
     return _run(op, (q, k, v, cu_seqlens, alibi_slopes, learnable_sink), process_group, shared, causal=causal, layout=layout)
 
 
@@ -408,9 +408,8 @@ def wrap_ring_attn_varlen_func(
         cu_seqlens_q: int32 boundaries of the documents in the whole row, ``[0, ..., T]``.
         cu_seqlens_k: the same for keys; documents are aligned at their last token where the numbers differ.
         bias: ``[Hq or 1, T, Tk]``, rows with q, keys in natural order, added to the scores.
-        seq_len_k: key tokens of the whole row, for plain shards of different lengths; `seq_len` where None.
         dropout_p, softmax_scale, causal, window_size, alibi_slopes, deterministic, return_attn_probs, process_group, transport,
-            kernel, seq_len, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
+            kernel, seq_len, seq_len_k, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
 
     Returns:
         out ``[T, Hq, Dv]``, or ``(out, softmax_lse, None)`` with ``softmax_lse`` ``[Hq, T]``, natural log, fp32 (float64
@@ -427,9 +426,9 @@ def wrap_ring_attn_varlen_func(
         torch.Size([16, 4, 8])
     """
     shared: tuple[Any, ...] = (softmax_scale, dropout_p, window_size, deterministic, return_attn_probs)
-    shared += (transport, kernel, seq_len, softcap, dropout_seed)
+    shared += (transport, kernel, seq_len, seq_len_k, softcap, dropout_seed)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, learnable_sink, bias)
-    return _run("wrap_ring_attn_varlen_func", tensors, process_group, shared, causal=causal, seq_len_k=seq_len_k)
+    return _run("wrap_ring_attn_varlen_func", tensors, process_group, shared, causal=causal)
 
 
 def wrap_sliding_window_attn_func(
@@ -449,6 +448,7 @@ def wrap_sliding_window_attn_func(
     transport: str = "auto",
     kernel: str = "auto",
     seq_len: int | None = None,
+    seq_len_k: int | None = None,
     softcap: float = 0.0,
     learnable_sink: Tensor | None = None,
     dropout_seed: int | None = None,
@@ -459,7 +459,7 @@ def wrap_sliding_window_attn_func(
         q: ``[B, S, Hq, D]``, a plain tensor or a DTensor; k ``[B, S, Hk, D]``; v ``[B, S, Hk, Dv]``.
         window_size: tokens seen before each token (and after it, if not causal), or ``(left, right)``; -1 for no limit.
         softmax_scale, dropout_p, causal, alibi_slopes, deterministic, return_attn_probs, process_group, cu_seqlens, transport,
-            kernel, seq_len, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
+            kernel, seq_len, seq_len_k, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
 
     Returns:
         out ``[B, S, Hq, Dv]``, or ``(out, softmax_lse, None)``.
@@ -475,7 +475,7 @@ def wrap_sliding_window_attn_func(
     """
     window = (window_size, 0 if causal else window_size) if isinstance(window_size, Integral) else window_size
     shared: tuple[Any, ...] = (softmax_scale, dropout_p, window, deterministic, return_attn_probs)
-    shared += (transport, kernel, seq_len, softcap, dropout_seed)
+    shared += (transport, kernel, seq_len, seq_len_k, softcap, dropout_seed)
     return _run(
         "wrap_sliding_window_attn_func", (q, k, v, cu_seqlens, alibi_slopes, learnable_sink), process_group, shared, causal=causal
     )
@@ -498,6 +498,7 @@ def wrap_streaming_llm_attn_func(
     transport: str = "auto",
     kernel: str = "auto",
     seq_len: int | None = None,
+    seq_len_k: int | None = None,
     softcap: float = 0.0,
     learnable_sink: Tensor | None = None,
     dropout_seed: int | None = None,
@@ -509,7 +510,7 @@ def wrap_streaming_llm_attn_func(
         window_size: tokens seen before each token; -1 for no limit.
         num_sinks: first tokens of each document that all its later tokens see.
         softmax_scale, dropout_p, alibi_slopes, deterministic, return_attn_probs, process_group, cu_seqlens, transport, kernel,
-            seq_len, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
+            seq_len, seq_len_k, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
 
     Returns:
         out ``[B, S, Hq, Dv]``, or ``(out, softmax_lse, None)``.
@@ -525,7 +526,7 @@ def wrap_streaming_llm_attn_func(
     """
     window = (window_size, 0)
     shared: tuple[Any, ...] = (softmax_scale, dropout_p, window, deterministic, return_attn_probs)
-    shared += (transport, kernel, seq_len, softcap, dropout_seed)
+    shared += (transport, kernel, seq_len, seq_len_k, softcap, dropout_seed)
     return _run(
         "wrap_streaming_llm_attn_func",
         (q, k, v, cu_seqlens, alibi_slopes, learnable_sink),
@@ -557,6 +558,7 @@ def wrap_piecewise_attn_func(
     transport: str = "auto",
     kernel: str = "auto",
     seq_len: int | None = None,
+    seq_len_k: int | None = None,
     softcap: float = 0.0,
     learnable_sink: Tensor | None = None,
     dropout_seed: int | None = None,
@@ -570,7 +572,7 @@ def wrap_piecewise_attn_func(
         q1, q2: ``[B, S, Hq, D]``; k1, k2 ``[B, S, Hk, D]``; v ``[B, S, Hk, Dv]``; plain tensors or DTensors.
         dist_threshold: tokens; positions are aligned at the last one where queries and keys differ in number.
         causal, softmax_scale, dropout_p, window_size, alibi_slopes, deterministic, return_attn_probs, process_group, cu_seqlens,
-            layout, transport, kernel, seq_len, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
+            layout, transport, kernel, seq_len, seq_len_k, softcap, learnable_sink, dropout_seed: see `wrap_ring_attn_func`.
 
     Returns:
         out ``[B, S, Hq, Dv]``, or ``(out, softmax_lse, None)``.
@@ -586,6 +588,6 @@ def wrap_piecewise_attn_func(
     """
     q, k = torch.cat([q1, q2], -1), torch.cat([k1, k2], -1)
     shared: tuple[Any, ...] = (softmax_scale, dropout_p, window_size, deterministic, return_attn_probs)
-    shared += (transport, kernel, seq_len, softcap, dropout_seed)
+    shared += (transport, kernel, seq_len, seq_len_k, softcap, dropout_seed)
     tensors = (q, k, v, cu_seqlens, alibi_slopes, learnable_sink)
     return _run("wrap_ring_attn_func", tensors, process_group, shared, causal=causal, layout=layout, far=dist_threshold)

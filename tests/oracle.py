@@ -72,8 +72,8 @@ def dense(given: Inputs, seen: np.ndarray | Tensor, scale: float, dtype: torch.d
 
 
 def table(slices: Sequence[Sequence[int]] | None) -> Tensor | None:
-    """Slices as the op takes them: int64 ``[n, 7]``, all of part 0."""
-    return None if slices is None else torch.tensor([(*Slice(*row), 0) for row in slices], dtype=torch.int64).reshape(-1, 7)
+    """Slices as the op takes them: int64 ``[n, 6]``."""
+    return None if slices is None else torch.tensor([Slice(*row) for row in slices], dtype=torch.int64).reshape(-1, 6)
 
 
 def run(

@@ -7,7 +7,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -143,6 +143,15 @@ def uses(layout: str) -> Iterator[tuple[Use, str, str]]:
             yield each, transport, kernel
     for seq in () if per_document(layout) else (23, 25, 3):
         yield Use(seen=Seen(causal=True), shape=Shape(seq=seq), call={"seq_len": seq, **LSE}), "auto", "auto"
+    if per_document(layout) or layout == "balanced":
+        return
+    for transport in ("auto", "ring", "all_gather", "all_to_all"):  # keys before the first query, as of a prompt's last part
+        yield Use(seen=Seen(causal=True), shape=Shape(seq=12, seq_k=36), call=LSE), transport, "auto"
+        lengths = {"seq_len": 5, "seq_len_k": 37}
+        yield Use(seen=Seen(causal=True), shape=Shape(seq=5, seq_k=37), call={**lengths, **LSE}), transport, "auto"
+        shape, seen = Shape(seq=5, seq_k=16), Seen(slices=((0, 5, 0, 16, -9, 11),))
+        yield Use(seen=seen, shape=shape, call={"seq_len": 5, **LSE}), transport, "auto"
+        yield Use(seen=replace(seen, slices=((0, 12, 0, 24, -9, 8),)), shape=Shape(seq=12, seq_k=24), call=LSE), transport, "auto"
 
 
 def attends(rank: int, world_size: int, group: Any = None) -> list[str]:
@@ -154,12 +163,13 @@ def attends(rank: int, world_size: int, group: Any = None) -> list[str]:
             given = {"mask": each.mask, "cu_seqlens": table(each.seen.cu), **each.call}
             given = {name: value for name, value in given.items() if value is not None}
             if each.seen.slices is not None:
-                given["mask"] = Mask(each.seen.slices, each.shape.seq)
+                given["mask"] = Mask(each.seen.slices, each.shape.seq, each.shape.seq_k)
             truth = whole(each.shape, each.seen, each.call.get("softmax_scale"))
             rows = held(layout, each.shape.seq, world_size, rank, each.seen.cu)
+            keys = held(layout, each.shape.seq_k or each.shape.seq, world_size, rank, each.seen.cu)
             with naming((layout, transport, each)):
                 call = lambda q, k, v, cp=cp, given=given: cp.attention(q, k, v, **given)  # noqa: E731
-                answer = check_call(call, truth, rows, probs=each.call.get("return_attn_probs", False))
+                answer = check_call(call, truth, rows, keys, probs=each.call.get("return_attn_probs", False))
             faults += told((layout, transport, each), answer)
     return faults
 
@@ -253,12 +263,13 @@ def on_grids(rank: int, world_size: int) -> list[str]:
                 assert (cp.rank, cp.world_size) == (rank, world_size)
                 given = {"cu_seqlens": table(each.seen.cu), **each.call} | ({} if each.mask is None else {"mask": each.mask})
                 if each.seen.slices is not None:
-                    given["mask"] = Mask(each.seen.slices, each.shape.seq)
+                    given["mask"] = Mask(each.seen.slices, each.shape.seq, each.shape.seq_k)
                 truth = whole(each.shape, each.seen, each.call.get("softmax_scale"))
                 rows = held(layout, each.shape.seq, world_size, rank, each.seen.cu)
+                keys = held(layout, each.shape.seq_k or each.shape.seq, world_size, rank, each.seen.cu)
                 call = lambda q, k, v, cp=cp, given=given: cp.attention(q, k, v, **given)  # noqa: E731
                 with naming((sizes, layout, each)):
-                    answer = check_call(call, truth, rows, probs=each.call.get("return_attn_probs", False))
+                    answer = check_call(call, truth, rows, keys, probs=each.call.get("return_attn_probs", False))
                 faults += told((sizes, layout, each), answer)
         cp = ContextParallel(mesh, layout="zigzag")
         x = torch.arange(25, device=device, dtype=dtype)

@@ -71,6 +71,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # transformers 5.24 calls it cache
 @pytest.mark.parametrize("page", [pytest.param(page, id=name(page)) for page in PAGES if blocks(page, "python")])
 def test_blocks_run(page: Path, alone: None, capsys: pytest.CaptureFixture) -> None:
     """All Python blocks of a page, in one namespace, a world of one; a block of text is what those before it print."""
@@ -115,7 +116,7 @@ def test_example_on_one_and_on_two_processes(page: Path, tmp_path: Path) -> None
 
 def test_pages_on_two_processes(tmp_path: Path) -> None:
     path = tmp_path / "pages.py"
-    pages = [ROOT / "docs/dtensor.md", ROOT / "docs/groups.md"]
+    pages = [ROOT / "docs/dtensor.md", ROOT / "docs/groups.md", ROOT / "docs/serving.md"]
     path.write_text("\n".join(block for page in pages for _, _, block in blocks(page, "python")))
     on_two(path)
 

@@ -243,8 +243,25 @@ def sharded(rank: int, world_size: int) -> list[str]:
             {"lse": scores.logsumexp(-1).index_select(2, rows), "total": scores.softmax(-1).sum(2).index_select(2, rows)},
         ]
         faults += told(("total", transport), faults_of(*named))
+        faults += told(("lengths", transport), of_other_lengths(rank, world_size, transport))
     assert device.type == "cpu" or not faults
     return faults
+
+
+def of_other_lengths(rank: int, world_size: int, transport: str) -> list[str]:
+    """Ranks with different numbers of tokens, and more keys than queries."""
+    whole, given = pieces(seq=7, seq_k=19), {"seq_len": 7, "seq_len_k": 19, "process_group": dist.group.WORLD}
+    rows, keys = held("contiguous", 7, world_size, rank), held("contiguous", 19, world_size, rank)
+    q1, k1, q2, k2, v = (t.detach().index_select(2, rows if t.shape[2] == 7 else keys) for t in whole)
+    scores = (whole[0] @ whole[1].repeat_interleave(2, 1).mT * DIM**-0.5).masked_fill(torch.ones(7, 19).triu(13).bool(), -torch.inf)
+    out, total = nr.flash_attention(q1, k1, v, True, return_total_attention=True, transport=transport, **given)
+    got = {"out": out, "total": total, "far": nr.piecewise_attention(q1, k1, q2, k2, v, 9, True, **given)}
+    want = {
+        "out": (scores.softmax(-1) @ whole[4].repeat_interleave(2, 1)).index_select(2, rows),
+        "total": scores.softmax(-1).sum(2).index_select(2, keys),
+        "far": piecewise_by_definition(*whole, 9, True).index_select(2, rows),
+    }
+    return faults_of(got, want)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -96,6 +96,7 @@ def dense_cases(base: str, world_size: int) -> Iterator[Case]:
         for call in (causal, {**options[1], **LSE}):
             yield case(plain, Shape(seq=seq), {**call, "seq_len": seq})
     yield case(plain, Shape(seq=4 * world_size, seq_k=6 * world_size), causal)  # keys before the first query
+    yield case(plain, Shape(seq=5, seq_k=6 * world_size + 1), {**causal, "seq_len": 5, "seq_len_k": 6 * world_size + 1})
 
 
 # -- packed documents ------------------------------------------------------------------------------------------------------------
@@ -153,6 +154,13 @@ def windowed_cases(base: str, world_size: int) -> Iterator[Case]:
         cut = replace(seen, cu=(0, 10, 24))
         yield Case(name=name, layout="contiguous", shape=Shape(), call={**given, "cu_seqlens": (0, 10, 24)}, seen=cut)
         yield Case(name=name, layout="contiguous", shape=packed, call={**given, "cu_seqlens": None}, seen=seen)
+        for seq in (23, 25, world_size - 1):  # ranks with different numbers of tokens, or none
+            cu, uneven = (0, seq // 3, seq), {**given, "seq_len": seq}
+            yield Case(name=base, layout="contiguous", shape=Shape(seq=seq), call=uneven, seen=seen)
+            shape = Shape(seq=seq, packed=True)
+            yield Case(name=name, layout="contiguous", shape=shape, call={**uneven, "cu_seqlens": cu}, seen=replace(seen, cu=cu))
+        more = {**given, "seq_len": 5, "seq_len_k": 21}
+        yield Case(name=base, layout="contiguous", shape=Shape(seq=5, seq_k=21), call=more, seen=seen)
 
 
 PREPARED = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "local_k_slice"]

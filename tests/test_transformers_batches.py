@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.torch_version import TorchVersion
 
 from nnscaler_ring import ContextParallel
 from nnscaler_ring.core import agree, layouts
 from nnscaler_ring.integrations.transformers import Attention, _check_order
-from tests.test_transformers import DOCUMENTS, alone, build, close, each_alone, packed_row
+from tests.test_transformers import DOCUMENTS, alone, build, close, each_alone, packed_row, transformers
 
 
 def from_positions(rank: int, world_size: int) -> None:
@@ -183,6 +185,55 @@ def test_a_buffer_that_is_used_again() -> None:
         buffer[0, :] = np.arange(25)
         got = model(input_ids=row["input_ids"], position_ids=positions, use_cache=False).logits
         close("logits", got, build("llama")(input_ids=row["input_ids"], use_cache=False).logits)
+
+
+def test_a_batch_that_is_written_over() -> None:
+    """As a server does with buffers of a CUDA graph, in inference mode too, whose own tensors have no versions."""
+    attention, model = alone()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            static, other = (attention.shard_batch(packed_row(documents)) for documents in ((10, 1, 14), (4, 12, 9)))
+            model(**static, use_cache=False)
+            want = model(**other, use_cache=False).logits
+            for name, x in static.items():
+                if isinstance(x, torch.Tensor):
+                    x.copy_(other[name])
+            close(str(mode), model(**static, use_cache=False).logits, want)
+
+
+OLD_NAME = "`past_key_values` is deprecated"
+"""Of transformers 5.24: it is called cache there."""
+
+
+def decoded(rank: int, world_size: int) -> None:
+    """From a cache that the ranks of a prompt gathered, as the page says."""
+    cp = ContextParallel(dist.group.WORLD, layout="zigzag")
+    for family in ("llama", "mistral"):
+        model, row = build(family).eval(), packed_row((41,))["input_ids"]
+        prompt, following = row[:, :40], row[:, 40:]
+        want = model(input_ids=row, use_cache=False).logits[:, 40:]
+        attention = Attention(cp, f"decoded_{family}")
+        attention.apply(model)
+        warnings.filterwarnings("ignore", OLD_NAME, FutureWarning)
+        own = transformers.DynamicCache()
+        batch = attention.shard_batch({"input_ids": prompt})
+        with torch.inference_mode():
+            model(**batch, past_key_values=own, use_cache=True)
+            with pytest.raises(ValueError, match=r"generation with a cache.*sdpa.*gather it first"):
+                model(input_ids=following, past_key_values=own, use_cache=True)
+            for layer in own.layers:
+                layer.keys, layer.values = (x[:, :, : batch["input_ids"].shape[1]] for x in (layer.keys, layer.values))
+            whole = transformers.DynamicCache(config=model.config)
+            for n, layer in enumerate(own.layers):
+                whole.update(cp.unshard(layer.keys, 2, seq_len=40), cp.unshard(layer.values, 2, seq_len=40), n)
+            model.set_attn_implementation("sdpa")
+            close(family, model(input_ids=following, past_key_values=whole).logits, want)
+
+
+def test_decoding_from_a_gathered_cache(ranks: Any) -> None:
+    if TorchVersion(transformers.__version__) < "5":
+        pytest.skip("as the page says, of transformers 5")
+    ranks(2).run(decoded)
 
 
 def test_what_was_said_is_kept_for_a_few_batches() -> None:

@@ -49,7 +49,7 @@ class Cut:
 
     def placements(self, spec: OpSpec, tensor: str) -> list[Placement]:
         """The placements of an input or a result."""
-        return [Replicate() if name is None else _shard(spec.dim(tensor, name)) for name in self.dims]
+        return [Replicate() if name is None else Shard(spec.place(tensor, name)) for name in self.dims]
 
     @property
     def rings(self) -> list[dist.ProcessGroup]:
@@ -77,11 +77,6 @@ def _ascends(mesh: DeviceMesh, axis: int) -> bool:
     return bool((mesh.mesh.diff(dim=axis) > 0).all())
 
 
-def _shard(dim: int | None) -> Placement:
-    assert dim is not None, "a spec names every cut dim in q, k, v and its results"
-    return Shard(dim)
-
-
 def check_all(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> None:
     """ValueError where only some of q, k and v are DTensors."""
     if not all(isinstance(x, DTensor) for x in (q, k, v)):
@@ -89,20 +84,18 @@ def check_all(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{spec.name}: q, k and v must all be DTensors or all plain, got {kinds}")
 
 
-def resolve(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> Cut:
+def resolve(spec: OpSpec, q: DTensor, k: DTensor, v: DTensor) -> Cut:
     """How the DTensors q, k and v are cut, or ValueError that lists what is allowed.
 
     Raises:
-        ValueError: plain tensors among DTensors, different meshes or one that this rank is not in, placements that the spec does
-            not allow, the sequence cut by more axes than it allows or unevenly by two, or heads that do not divide by their ranks.
+        ValueError: different meshes or one that this rank is not in, placements that the spec does not allow, the sequence cut by
+            more axes than it allows or unevenly by two, or heads that do not divide by their ranks.
     """
-    check_all(spec, q, k, v)
-    assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
     if not q.device_mesh == k.device_mesh == v.device_mesh:
         raise ValueError(f"{spec.name}: q, k and v are on different meshes: {q.device_mesh}, {k.device_mesh}, {v.device_mesh}")
     if q.device_mesh.get_coordinate() is None:
         raise ValueError(f"{spec.name}: this process is not in {q.device_mesh}: call on its ranks only")
-    single = k.shape[spec.dim("k", "heads") or 0] == 1
+    single = k.shape[spec.place("k", "heads")] == 1
     axes = zip(q.placements, k.placements, v.placements, strict=True)
     cut = Cut(q.device_mesh, tuple(_name(spec, axis, placements, single) for axis, placements in enumerate(axes)))
     rings = [cut.mesh.size(axis) for axis, name in enumerate(cut.dims) if name == "sequence"]
@@ -111,14 +104,14 @@ def resolve(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> Cut:
             f"{spec.name}: the sequence is cut by {len(rings)} mesh axes; flatten them into {'two' if spec.grid else 'one'} "
             "(DeviceMesh._flatten) first, or take wrap_ulysses_attn_func, which takes two: ring outside, heads inside"
         )
-    lengths = [x.shape[spec.dim(name, "sequence") or 0] for name, x in (("q", q), ("k", k))]
+    lengths = [x.shape[spec.place(name, "sequence")] for name, x in (("q", q), ("k", k))]
     if len(rings) == 2 and any(length % (rings[0] * rings[1]) for length in lengths):
         raise ValueError(
             f"{spec.name}: {lengths[0]} query and {lengths[1]} key tokens over two mesh axes of {rings[0]} x {rings[1]} ranks: "
             "lengths must divide by their product; pad the sequence, or cut it by one axis"
         )
     for name, x in (("q", q), ("k", k)):
-        heads, parts = x.shape[spec.dim(name, "heads") or 0], 1
+        heads, parts = x.shape[spec.place(name, "heads")], 1
         shared = [n for n, cuts in enumerate(cut.dims) if cuts == "heads" and not x.placements[n].is_replicate()]
         for axis in shared:
             parts *= cut.mesh.size(axis)
@@ -134,9 +127,9 @@ def _name(spec: OpSpec, axis: int, placements: Sequence[Placement], single_key_h
     if all(isinstance(p, Replicate) for p in placements):
         return None
     for name in spec.cuttable:
-        if all(_cuts(p, spec.dim(t, name)) for t, p in zip("qkv", placements, strict=True)):
+        if all(_cuts(p, spec.place(t, name)) for t, p in zip("qkv", placements, strict=True)):
             return name
-    heads_q = _cuts(placements[0], spec.dim("q", "heads"))
+    heads_q = _cuts(placements[0], spec.place("q", "heads"))
     if heads_q and single_key_head and all(isinstance(p, Replicate) for p in placements[1:]):
         return "heads"
     raise ValueError(
@@ -145,9 +138,9 @@ def _name(spec: OpSpec, axis: int, placements: Sequence[Placement], single_key_h
     )
 
 
-def _cuts(placement: Placement, dim: int | None) -> bool:
+def _cuts(placement: Placement, dim: int) -> bool:
     """Whether it cuts a dim in chunks in order; a ``_StridedShard``, which does not, equals a ``Shard`` in torch 2.6."""
-    return type(placement) is Shard and placement.dim == (dim or 0)
+    return type(placement) is Shard and placement.dim == dim
 
 
 def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tensor | None], op: Local) -> tuple[DTensor, DTensor]:
@@ -156,8 +149,8 @@ def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tens
     A key head that every rank of a heads axis shares has a gradient that is a sum over that axis, and so have the extras over the
     axes that do not cut them; plain tensors among these are taken to be the same on every rank.
     """
-    cut = resolve(spec, q, k, v)
     assert isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)
+    cut = resolve(spec, q, k, v)
     for name, x in extras.items():
         if isinstance(x, DTensor) and x.device_mesh != cut.mesh:
             raise ValueError(f"{spec.name}: {name} is on {x.device_mesh}, q, k and v on {cut.mesh}: give one mesh")
@@ -166,7 +159,7 @@ def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tens
         cut_here = zip(cut.placements(spec, name), x.placements, strict=True)
         grads = [Partial() if wanted.is_shard() and not have.is_shard() else have for wanted, have in cut_here]
         locals_.append(x.to_local(grad_placements=grads))
-    total = q.shape[spec.dim("q", "sequence") or 0], k.shape[spec.dim("k", "sequence") or 0]
+    total = q.shape[spec.place("q", "sequence")], k.shape[spec.place("k", "sequence")]
 
     def first() -> tuple[int, int]:
         if not {"batch", "heads"} & set(cut.dims):
@@ -189,7 +182,7 @@ def _extra(spec: OpSpec, cut: Cut, name: str, x: Tensor, q: Tensor) -> Tensor:
     grads: list[Placement] = []
     for axis in cut.dims:
         dim = dims.index(axis) if axis in dims else None
-        stands_for_all = dim is not None and x.shape[dim] == 1 != q.shape[spec.dim("q", dims[dim]) or 0]
+        stands_for_all = dim is not None and x.shape[dim] == 1 != q.shape[spec.place("q", dims[dim])]
         here = Replicate() if dim is None or stands_for_all else Shard(dim)
         places.append(here)
         grads.append(Partial() if axis is not None and here.is_replicate() else here)
@@ -197,7 +190,7 @@ def _extra(spec: OpSpec, cut: Cut, name: str, x: Tensor, q: Tensor) -> Tensor:
 
 
 def _lse_shape(spec: OpSpec, q: DTensor) -> torch.Size:
-    return torch.Size([q.shape[spec.dim("q", name) or 0] for name in spec.lse])
+    return torch.Size([q.shape[spec.place("q", name)] for name in spec.lse])
 
 
 def _wrap(x: Tensor, cut: Cut, spec: OpSpec, name: str, shape: torch.Size) -> DTensor:

@@ -40,7 +40,10 @@ def tracing() -> bool:
 
 
 def constant(name: str, value: Any) -> Any:
-    """A plain argument as code may look at it: a `softmax_scale` that a model computes from shapes is a proxy while it is traced.
+    """A plain argument as code may look at it.
+
+    A `softmax_scale` that a model computes from shapes is a proxy while it is traced, and so is a ``dropout_p`` of
+    ``rate if self.training else 0.0``, which is taken where it is 0.
 
     Raises:
         ValueError: another argument that is one: the code that nnscaler writes would keep what it is for this length.
@@ -51,7 +54,8 @@ def constant(name: str, value: Any) -> Any:
     parts = value if original.isinstance(value, (original.tuple, original.list)) else (value,)
     for part in parts:
         if original.isinstance(part, proxies.ConcreteProxy):
-            if name != "softmax_scale" or original.isinstance(part.value, Tensor):
+            number = original.isinstance(part.value, (original.int, original.float))
+            if not number or not (name == "softmax_scale" or (name == "dropout_p" and part.value == 0)):
                 raise ValueError(f"{name} is computed from shapes or tensors, which nnscaler traces: give a constant")
             return float(part.value)
     return value
@@ -70,7 +74,7 @@ def untouched(*results: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def stand_in(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of the right shapes and dtypes, for `tracing`."""
-    lse_shape = [q.shape[spec.inputs["q"].index(name)] for name in spec.lse]
+    lse_shape = [q.shape[spec.place("q", name)] for name in spec.lse]
     lse = q.new_empty(lse_shape, dtype=sum_dtype(q.dtype))
     out, lse = untouched(q.new_empty((*q.shape[:-1], v.shape[-1])), lse, of=(q, k, v))
     return out, lse
@@ -182,7 +186,7 @@ def attention_op(function: Callable[..., Any], spec: OpSpec, returns_lse: Callab
 
     def generate(inputs: Sequence[Any], ring_size: int, device: Any) -> Sequence[Tensor | None]:
         made: list[Tensor | None] = [_random(x, device) for x in inputs[:3]]
-        lengths = [ring_size * inputs[i].shape[spec.dim(t, "sequence") or 0] for i, t in ((0, "q"), (1, "k"))]
+        lengths = [ring_size * inputs[i].shape[spec.place(t, "sequence")] for i, t in ((0, "q"), (1, "k"))]
         names = list(spec.inputs)[3:]
         tables = iter(lengths)
         for name, x in zip(names, inputs[3:], strict=False):
@@ -192,7 +196,7 @@ def attention_op(function: Callable[..., Any], spec: OpSpec, returns_lse: Callab
         return made
 
     sequence = tuple(spec.dim(name, "sequence") for name in spec.inputs)
-    outs = tuple(spec.dim(name, "sequence") or 0 for name in ("out", "lse"))
+    outs = tuple(spec.place(name, "sequence") for name in ("out", "lse"))
     return Op(function=function, annotate=annotate, sequence=sequence, sequence_out=outs, ordered=ordered, generate=generate)
 
 

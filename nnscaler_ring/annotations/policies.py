@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .spec import SPECS
+from .spec import CUTS, SPECS
 
 Policy = Callable[[Any, Any], Any]
 """``(graph, compute config) -> graph``, as ``nnscaler.parallelize`` takes it."""
@@ -36,8 +36,6 @@ _ENTRIES: Mapping[str, str] = {
 
 _ROWS = "nnscaler_ring.plugin.shuffled_rows"
 """What puts rows in the order of a ring, which is the attention's: cut as that is, and by nothing else."""
-
-_NAMES = ("batch", "sequence", "heads")
 
 
 def pas_sequence(graph: Any, config: Any) -> Any:
@@ -82,8 +80,8 @@ def cut(**parts: int) -> Policy:
         >>> cut(sequence=4, heads=2).__name__
         'pas_sequence4_heads2'
     """
-    if unknown := [name for name in parts if name not in _NAMES]:
-        raise ValueError(f"cut({parts}): {unknown} unknown; choose from {', '.join(_NAMES)}")
+    if unknown := [name for name in parts if name not in CUTS]:
+        raise ValueError(f"cut({parts}): {unknown} unknown; choose from {', '.join(CUTS)}")
     if any(num < 1 for num in parts.values()):
         raise ValueError(f"cut({parts}): give whole numbers >= 1")
 
@@ -352,8 +350,8 @@ def write_partition_constraints(path: str | Path, allowed: Iterable[str] = ("seq
         - allowed_partition_dims: ["0,1"]
     """
     allowed = list(allowed)
-    if unknown := [name for name in allowed if name not in _NAMES]:
-        raise ValueError(f"allowed={allowed}: {unknown} unknown; choose from {', '.join(_NAMES)}")
+    if unknown := [name for name in allowed if name not in CUTS]:
+        raise ValueError(f"allowed={allowed}: {unknown} unknown; choose from {', '.join(CUTS)}")
     if parent_module and not re.fullmatch(r"[\w.]+", parent_module):
         raise ValueError(f"parent_module={parent_module!r}: give the name of a class")
     entries = []

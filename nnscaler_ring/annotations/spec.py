@@ -53,8 +53,14 @@ class OpSpec:
 
     def dim(self, tensor: str, name: str) -> int | None:
         """The place of the dim called `name` in a tensor argument, ``out`` or ``lse``; None where it has no such dim."""
-        dims = {**self.inputs, "out": self.out, "lse": self.lse}[tensor]
-        return dims.index(name) if name in dims else None
+        return self.place(tensor, name) if name in self._dims(tensor) else None
+
+    def place(self, tensor: str, name: str) -> int:
+        """The same of a dim that the tensor has."""
+        return self._dims(tensor).index(name)
+
+    def _dims(self, tensor: str) -> tuple[str, ...]:
+        return {**self.inputs, "out": self.out, "lse": self.lse}[tensor]
 
     @property
     def cuttable(self) -> tuple[str, ...]:

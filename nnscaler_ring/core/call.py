@@ -186,8 +186,8 @@ def _with_transport(
     """The recipe with heads travelling where that suits the mask and is left open; else it stays open, for each pass to choose."""
     transport = transport_of(recipe.group)
     world = transport.world_size
-    if recipe.transport != "auto" or world == 1 or transport.inner > 1 or options.bias is not None:
-        return recipe  # a bias would travel with the heads
+    if recipe.transport != "auto" or world == 1 or transport.inner > 1 or options.bias is not None or total[0] != total[1]:
+        return recipe  # a bias would travel with the heads; the model is of as many keys as queries
     cu_q, cu_k, slices = (content(table) for table in tables)
     mask = mask_of(recipe, *total, cu_q, cu_k, slices)
     held, shape = layout_of(recipe.layout, total[0], world, cu_q), shape_of(recipe, q, k, v)
@@ -496,16 +496,19 @@ def _slices(mask: Mask, total_q: int, total_k: int, parts: int) -> Tensor:
         )
     if (mask.q_len, mask.k_len) != (total_q, total_k):
         raise ValueError(f"the mask is over {mask.q_len} queries and {mask.k_len} keys, the tokens are {total_q} and {total_k}")
-    return torch.from_numpy(np.column_stack([mask.table, mask.parts]))
+    return torch.from_numpy(mask.table.copy())
+
+
+def check_boundaries(cu_seqlens: Tensor, length: int | None) -> np.ndarray:
+    """Document boundaries that must be there, read once, as `check_cu_seqlens` gives them."""
+    check_table("cu_seqlens", cu_seqlens)
+    return check_cu_seqlens("cu_seqlens", on_host(cu_seqlens).numpy(), length)
 
 
 @torch.compiler.disable
 def check_documents(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> np.ndarray:
     """The boundaries of the documents in a shard of `tokens`, or ValueError; `max_seqlen` must not be below the longest."""
-    table = host_table("cu_seqlens", cu_seqlens)
-    if table is None:
-        raise ValueError("cu_seqlens must be an int32 tensor, got None")
-    cu = check_cu_seqlens("cu_seqlens", table.numpy(), tokens)
+    cu = check_boundaries(cu_seqlens, tokens)
     longest = int(np.diff(cu).max(initial=0))
     if not _is_number(max_seqlen) or max_seqlen < longest:
         raise ValueError(f"max_seqlen={max_seqlen!r}, but the longest document of cu_seqlens has {longest} tokens")

@@ -51,7 +51,7 @@ def attention(
         q, k, v: own rows ``[B, Lq, Hq, D]``, ``[B, Lk, Hk, D]``, ``[B, Lk, Hk, Dv]`` in the recipe's layout; the whole sequence
             in natural order for a ``local:N`` group.
         cu_q, cu_k: boundaries of packed documents over the whole sequence, or None.
-        slices: a mask as int64 ``[n, 7]`` band slices, each with its part, or None for the recipe's.
+        slices: a mask as int64 ``[n, 6]`` band slices, all of one part, or None for the recipe's.
         alibi: ALiBi slopes ``[B or 1, Hq]``, fp32, or None.
         bias: what is added to the scores, ``[Hq or 1, Lq, total_k]``: rows with q, keys in natural order; or None.
         sink: logits ``[Hq]`` of keys without values, or None.
@@ -129,7 +129,7 @@ def _check_rows(job: Job, q: Tensor, k: Tensor) -> None:
             f"rank {rank} of {world} passed {q.shape[1]} query and {k.shape[1]} key tokens in q {tuple(q.shape)} and k "
             f"{tuple(k.shape)}, which are [B, L, H, D]; {shown(job.recipe.layout)} of "
             f"{whole[0]} and {whole[1]} tokens gives it {wanted[0]} and {wanted[1]}: pass the shard that the layout gives, and the "
-            "whole length where ranks hold different numbers"
+            "whole lengths, seq_len and seq_len_k, where ranks hold different numbers"
         )
 
 

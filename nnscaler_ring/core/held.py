@@ -137,13 +137,13 @@ class Scattered:
         """
         there = self.source >= 0
         kinds, kind = np.unique(there, axis=0, return_inverse=True)
-        together: list[tuple[np.ndarray, list[int]]] = []  # parts, and kinds of pieces
+        sets: list[tuple[np.ndarray, list[int]]] = []  # parts, and kinds of pieces
         for n in np.argsort(-kinds.sum(1), kind="stable").tolist():
-            parts, of = next((each for each in together if (each[0] | kinds[n]).sum() <= most), (np.zeros_like(kinds[n]), []))
-            together += [] if of else [(parts, of)]
+            parts, of = next((each for each in sets if (each[0] | kinds[n]).sum() <= most), (np.zeros_like(kinds[n]), []))
+            sets += [] if of else [(parts, of)]
             parts |= kinds[n]
             of.append(n)
-        for parts, of in together:
+        for parts, of in sets:
             which, columns = np.isin(kind.ravel(), of), np.flatnonzero(parts)
             for n in range(0, max(len(columns), 1), most):
                 some, seen = columns[n : n + most], self.seen | there[:, columns[:n]].any(1)

@@ -344,8 +344,7 @@ def _differentiate_attend(
     def visit(n: int) -> Visit:
         heads = split[n][0]
         mine = scores.of_heads(heads)
-        whole = d_bias is None or d_bias.shape[0] == 1
-        bias = d_bias if whole or d_bias is None else d_bias[heads]
+        bias = d_bias if d_bias is None or d_bias.shape[0] == 1 else d_bias[heads]
 
         def run(step: Step, k: Tensor, v: Tensor, grads: KVSums | None) -> None:
             assert grads is not None

@@ -82,8 +82,7 @@ class Recipe:
 def mask_of(recipe: Recipe, q_len: int, k_len: int, cu_q: bytes | None, cu_k: bytes | None, slices: bytes | None) -> mask.Mask:
     """The mask of a recipe over packed documents, or the slices given instead; tables as int64 bytes."""
     if slices is not None:
-        table = np.frombuffer(slices, dtype=np.int64).reshape(-1, 7)
-        return mask.Mask.trusted(table[:, :6].copy(), q_len, k_len, table[:, 6])  # they were those of a Mask
+        return mask.Mask.trusted(np.frombuffer(slices, dtype=np.int64).reshape(-1, 6).copy(), q_len, k_len)  # they were a Mask's
     return mask.build(
         *(q_len, k_len),
         causal=recipe.causal,

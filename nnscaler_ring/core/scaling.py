@@ -136,7 +136,7 @@ class Timeline:
 
 
 def timeline(
-    rank: RankPlan, shape: Shape, speed: Speed, network: Network, backward: bool = False, around: tuple[int, int] = (0, 0)
+    walk: RankPlan, shape: Shape, speed: Speed, network: Network, backward: bool = False, around: tuple[int, int] = (0, 0)
 ) -> Timeline:
     """The forward or backward pass of one rank; `around` are bytes that it exchanges for heads before the walk and after it."""
     compute, wire = list[Bar](), list[Bar]()
@@ -148,17 +148,17 @@ def timeline(
         return wire[-1].end if size else start
 
     arrived = done = send("tokens to heads", around[0], 1, 0.0)
-    for t, step in enumerate(rank.steps):
+    for t, step in enumerate(walk.steps):
         start = max(done, arrived)
-        if t + 1 < len(rank.steps):
-            following = rank.steps[t + 1]
+        if t + 1 < len(walk.steps):
+            following = walk.steps[t + 1]
             arrived = send(f"rows of step {t + 1}", _rows(following) * shape.row, len(following.receive), start)
         flops = step_tiles(step) * TILE * TILE * shape.flops(backward)
         calls = flops / (speed.backward if backward else speed.forward) + speed.launch * len(step.calls)
-        done = start + calls + step_bytes(rank, t, shape, speed.at_once, backward) / speed.memory
+        done = start + calls + step_bytes(walk, t, shape, speed.at_once, backward) / speed.memory
         compute.append(Bar(f"step {t}", start, done))
         if backward and t:
-            send(f"gradients of step {t}", _gradient_rows(rank, t) * shape.gradient_row, 1, done)
+            send(f"gradients of step {t}", _gradient_rows(walk, t) * shape.gradient_row, 1, done)
     send("heads to tokens", around[1], 1, done)
     return Timeline(tuple(compute), tuple(wire))
 
@@ -168,22 +168,22 @@ def _rows(step: Step) -> int:
     return max(sum(m.size for m in side) for side in (step.send, step.receive))
 
 
-def _gradient_rows(rank: RankPlan, t: int) -> int:
-    return max(sum(m.size for m in side) for side in rank.gradients(t))
+def _gradient_rows(walk: RankPlan, t: int) -> int:
+    return max(sum(m.size for m in side) for side in walk.gradients(t))
 
 
-def step_bytes(rank: RankPlan, t: int, shape: Shape, at_once: int, backward: bool) -> float:
+def step_bytes(walk: RankPlan, t: int, shape: Shape, at_once: int, backward: bool) -> float:
     """What a step reads and writes besides its calls: results merged, or gradients added up, `at_once` of a row in one pass.
 
     Of each part its own bytes, and of the sum in fp32, which is read and written, a share. Gradients of rows that came from others
     are made fp32 to travel, with what has arrived for them. Copies that lead to and from messages are left out.
     """
-    step, total = rank.steps[t], 8 / at_once
+    step, total = walk.steps[t], 8 / at_once
     merged = sum(int((b[:, 1] - b[:, 0])[b[:, 2] == 0].sum()) for b in (calls.blocks for calls in step.calls))
     moved = merged * shape.batch * shape.heads * (shape.dim if backward else shape.dim_v) * (shape.element + total)
     if backward and t:
         home, own = sum(m.size for m in step.home_receive), int((step.own[:, 1] - step.own[:, 0]).sum())
-        came = sum(m.size for s in rank.steps[t + 1 : t + 2] for m in s.receive)
+        came = sum(m.size for s in walk.steps[t + 1 : t + 2] for m in s.receive)
         width = shape.batch * shape.heads_k * (shape.dim + shape.dim_v)
         moved += step.size * (shape.row + 4 * width) + came * shape.gradient_row + home * (shape.gradient_row + total * width)
         moved += own * (4 + total) * width

@@ -80,7 +80,7 @@ def _no_rows() -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One step of a rank: `receive` fills the buffer of `size` rows, `calls` read it, `home` tells where its gradients end.
+    """One step of a rank: `receive` fills the buffer of `size` rows, `calls` read it; gradients leave by `RankPlan.gradients`.
 
     Several steps may fill one memory, end to end, for the calls of the last of them.
 

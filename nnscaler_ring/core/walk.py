@@ -216,13 +216,12 @@ def _send_home(
 ) -> Generator[Exchange, Wait, Callable[[KVSums | None, int], None]]:
     """Start sending the gradients of step `t`'s rows to whoever holds them next, or home; returns how to add what arrives."""
     step, onward = plan.steps[t], plan.steps[t + 1 : t + 2]
-    home_send, home_receive = _pieces(step.home_send), _pieces(step.home_receive)
+    send, _ = plan.gradients(t)
     for mine, there in _in_pieces(step.own):
         home.add(mine, grads.take(there))
-    send = [*home_send, *(m for s in onward for m in s.send)]
-    to_home = [(m, grads.empty(m.size, wire)) for m in home_receive]
+    to_home = [(m, grads.empty(m.size, wire)) for m in _pieces(step.home_receive)]
     to_next = [(m, grads.empty(m.size, wire)) for s in onward for m in s.receive]
-    outbox = [(m.peer, grads.take(m.rows).to(wire)) for m in send]
+    outbox = [(m.peer, grads.take(m.rows).to(wire)) for m in _pieces(send)]
     wait = yield _exchange(outbox, [(m.peer, x) for m, x in (*to_home, *to_next)], grads.keys.device)
 
     def settle(following: KVSums | None, at: int) -> None:

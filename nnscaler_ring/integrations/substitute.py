@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..context import ContextParallel
-from ..core.call import group_name, host_table
-from ..core.mask import check_cu_seqlens
+from ..core.call import check_boundaries, group_name
 from .transformers import Attention, refuse_masks, register, registered
 
 NAMES = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -85,11 +85,10 @@ def update_ring_flash_attn_params(cu_seqlens: Tensor, process_group: dist.Proces
         >>> import torch
         >>> update_ring_flash_attn_params(torch.tensor([0, 300, 1000], dtype=torch.int32), None)
     """
-    table = host_table("cu_seqlens", cu_seqlens)
-    if table is None or len(table) < 2:
+    cu = check_boundaries(cu_seqlens, None)
+    if len(cu) < 2:
         raise ValueError("cu_seqlens must be an int32 tensor [0, ..., T]")
-    check_cu_seqlens("cu_seqlens", table.numpy(), int(table[-1]))
-    _BOUNDARIES[group_name(process_group)] = table
+    _BOUNDARIES[group_name(process_group)] = torch.from_numpy(cu)
 
 
 def use_ring_attn(flag: bool) -> None:

@@ -2,7 +2,8 @@
 
 A model's layers call the implementation that their config names, with this rank's tokens. What a layer says (scale, window, soft
 cap, sinks, dropout) goes to `ContextParallel.attention`; which tokens these are is said by the batch: `Attention.shard_batch` cuts
-one, and gives boundaries of packed documents and positions along. Nothing is kept in module globals but the name.
+one, and gives boundaries of packed documents and positions along. What a process keeps are the name in
+transformers' tables, a mark on a model's modules and, where nnscaler traces, two methods of those tables.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any, NamedTuple, NoReturn
 
@@ -178,7 +180,7 @@ class Attention:
         if key.shape[2] != query.shape[2]:
             raise ValueError(
                 f"{query.shape[2]} queries and {key.shape[2]} keys: generation with a cache and cross attention are not cut; pass "
-                "use_cache=False, or take another implementation for them"
+                f"use_cache=False, or {_GENERATE}"
             )
         if self._padded and not causal:
             raise NotImplementedError("padding without a causal mask, where tokens see it: pack the documents into one row")
@@ -322,7 +324,9 @@ class Attention:
             documents = self._told(table)
             counts = cp._layout(length, documents).counts
             if not counts.all():
-                raise ValueError(f"a row of {length} tokens gives the ranks {counts.tolist()}: models take one or more each")
+                raise ValueError(
+                    f"a row of {length} tokens gives the ranks {counts.tolist()}: models take one or more each; pad it at its end"
+                )
             following = None if "labels" not in whole else _next_labels(whole["labels"], cu, mask)
         if asked():
             facts: dict[str, object] = {f"{name} of the batch": _content(whole.get(name)) for name in (*TOKENS, *ROWS)}
@@ -336,9 +340,9 @@ class Attention:
             if positions is None
             else cp.shard(positions, 1, cu_seqlens=documents)
         )
-        out["position_ids"] = own.to(tokens.device if device is None else device)
+        out["position_ids"] = _counted(own.to(tokens.device if device is None else device))
         self._remember(out["position_ids"], table, ours=True)
-        out["cu_seq_lens_q"] = out["cu_seq_lens_k"] = table.to(torch.int32)
+        out["cu_seq_lens_q"] = out["cu_seq_lens_k"] = _counted(table.to(torch.int32))
         self._remember(out["cu_seq_lens_q"], table, ours=True)
         if following is not None:
             out["shift_labels"] = cp.shard(following, 1, cu_seqlens=documents).to(device)
@@ -442,8 +446,17 @@ def _identity(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr(), tuple(x.shape), x.stride(), None if x.is_inference() else x._version
 
 
+def _counted(x: Tensor) -> Tensor:
+    """The tensor as one that counts what is written to it, which none does that was made in inference mode."""
+    with torch.inference_mode(False):
+        return x.clone() if x.is_inference() else x
+
+
 _TOLD = "Pass what shard_batch gives, positions of ContextParallel.position_ids, or cu_seq_lens_q, the documents' boundaries"
-_GENERATE = "for generate() take another implementation, model.set_attn_implementation('sdpa')"
+_GENERATE = (
+    "for generate() take another implementation, model.set_attn_implementation('sdpa'); a cache of a cut prompt has this rank's "
+    "tokens alone: gather it first (docs/transformers.md, 'Prefill, then decode')"
+)
 _UNTOLD = f"position_ids are 0 .. {{}} on every rank, as a model counts where none are given. {_TOLD}; {_GENERATE}"
 _NO_MASK = (
     "an attention_mask: whole rows and packed documents need none here; leave it out (shard_batch checks and drops it), pass "
@@ -504,14 +517,8 @@ def _starts(positions: np.ndarray) -> np.ndarray:
 
 def register(name: str, function: Callable[..., Any], mask: Callable[..., Any]) -> None:
     """Make a function the attention implementation called `name`, and `mask` what makes its masks, where transformers asks."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    _table(ALL_ATTENTION_FUNCTIONS)[name] = function
-    try:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    except ImportError:  # before 4.53
-        return
-    _table(ALL_MASK_ATTENTION_FUNCTIONS)[name] = mask
+    for table, given in zip(_tables(), (function, mask), strict=False):
+        table[name] = given
 
 
 def _let_nnscaler_trace() -> None:
@@ -542,15 +549,17 @@ def _contains(self: Any, key: object) -> bool:
 
 def registered(name: str) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
     """What transformers calls by a name: the attention and what makes its masks."""
+    attention, *masks = (table.get(name) for table in _tables())
+    return attention, masks[0] if masks else None
+
+
+def _tables() -> list[dict[str, Callable[..., Any]]]:
+    """The tables that all models look into, of attention and, from 4.53 on, of masks; before 4.50 the dict itself."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    try:
+    found: list[Any] = [ALL_ATTENTION_FUNCTIONS]
+    with suppress(ImportError):
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    except ImportError:
-        return _table(ALL_ATTENTION_FUNCTIONS).get(name), None
-    return _table(ALL_ATTENTION_FUNCTIONS).get(name), _table(ALL_MASK_ATTENTION_FUNCTIONS).get(name)
 
-
-def _table(functions: Any) -> dict[str, Callable[..., Any]]:
-    """The table that all models look into: before 4.50 the dict itself."""
-    return getattr(functions, "_global_mapping", functions)
+        found.append(ALL_MASK_ATTENTION_FUNCTIONS)
+    return [getattr(functions, "_global_mapping", functions) for functions in found]

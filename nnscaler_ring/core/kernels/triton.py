@@ -142,8 +142,7 @@ class Triton(Kernel):
         from . import triton_kernels as compiled
 
         q, (batch, length, heads, _), heads_k = grad.q, grad.q.shape, k.shape[2]
-        given, sizes = _Given(scores), self._sizes(q, v, scores)
-        d_bias = grad.d_bias if scores.bias is not None else None
+        given, sizes, d_bias = _Given(scores), self._sizes(q, v, scores), grad.d_bias
         delta, logs = torch.empty(2, batch, heads, length, dtype=torch.float32, device=q.device)
         if grad.d_lse is not None:
             torch.neg(grad.d_lse, out=delta)
