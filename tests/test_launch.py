@@ -542,12 +542,12 @@ def check(job: subprocess.Popen[str], launcher: str, world_size: int) -> str:
     out, err = job.communicate(timeout=120)
     assert job.returncode == 0, err
     said = [json.loads(text) for text in re.findall(r"\{.*?\}", out)]  # two processes may share a line
-    ports = {each.pop("port") for each in said}
+    ports, places = {each.pop("port") for each in said}, sorted(each.pop("local_rank") for each in said)
+    assert places == list(range(world_size))  # Open MPI 5 counts by cores, not by ranks
     assert sorted(said, key=lambda each: each["rank"]) == [
         {
             "rank": rank,
             "world_size": world_size,
-            "local_rank": rank,
             "device": "cpu",
             "launcher": launcher,
             "backend": "gloo",
