@@ -131,7 +131,8 @@ class ContextParallel:
         self._alone = group_or_mesh is None and name == "local:1"
         rank_in(name)  # the group is there, and this process in it; not kept, since another process may load what this one saves
         self._uneven: set[int] = set()  # lengths of shards that were given out where others had another
-        self._last_uneven = False  # of which the last were: a graph is for one value, so it looks at this alone
+        self._lately_uneven = False  # of which those since the last call were: a graph is for one value, and looks at this alone
+        self._called = False  # since shards were given out, outside of a graph
         self._by_documents: bool | None = None  # and were cut by documents, where the layout may look at them
 
     @property
@@ -214,8 +215,9 @@ class ContextParallel:
         check_plain(x)
         held = self._layout(_tokens(x, dim), host_table("cu_seqlens", cu_seqlens))
         self._by_documents = cu_seqlens is not None
-        self._last_uneven = bool((held.counts != held.counts[0]).any())
-        self._uneven |= set(held.counts.tolist()) if self._last_uneven else set()
+        uneven = bool((held.counts != held.counts[0]).any())
+        self._lately_uneven, self._called = uneven or (self._lately_uneven and not self._called), False
+        self._uneven |= set(held.counts.tolist()) if uneven else set()
         positions = held.positions(self.rank)
         return x.index_select(dim, on_device(positions, x.device))
 
@@ -248,6 +250,7 @@ class ContextParallel:
             cu = host_table("cu_seqlens", cu_seqlens)  # read from the device once
             seq_len = self._total(_tokens(x, dim), cu, seq_len)
             self._layout(seq_len, cu)
+        self._called = True
         rows = x.movedim(dim, 0).unsqueeze(0)
         whole = gather(rows, cu, seq_len, self._recipe.layout, self._recipe.group)
         return whole.squeeze(0).movedim(0, dim)
@@ -318,7 +321,7 @@ class ContextParallel:
             settled, rows = self._settled(mask, softmax_scale, cu_seqlens, options)
             self._check_documents(cu_seqlens)
             if rows.seq_len is None:
-                self._check_even(q.shape[q.dim() - 3], self._last_uneven)
+                self._check_even(q.shape[q.dim() - 3], self._lately_uneven)
             return attend(q, k, v, self._recipe, settled, rows)
         with announced(self._recipe.group, q):
             settled, rows = self._settled(mask, softmax_scale, cu_seqlens, options)
@@ -330,6 +333,7 @@ class ContextParallel:
             if total_k is None and rows.seq_len is None and cu_seqlens is None:
                 total_k = self._total(k.shape[k.dim() - 3], None, None)
             self._layout(total, cu_seqlens)
+        self._called = True
         rows = replace(rows, seq_len=total, seq_len_k=total_k, cu_seqlens_q=cu_seqlens)
         return attend(q, k, v, self._recipe, settled, rows, heads_may_travel=True)
 

@@ -53,7 +53,8 @@ def packed(base: Front, what: str) -> Front:
     tensors = ["q", "kv"] if what == "kv" else ["qkv"]
     name = base.__name__.removesuffix("_func") + f"_{what}packed_func"
     first = [inspect.Parameter(t, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor) for t in tensors]
-    rest = list(inspect.signature(base).parameters.values())[3:]
+    rest = [p for p in inspect.signature(base).parameters.values() if p.name not in ("q", "k", "v")]
+    rest = [p for p in rest if what == "kv" or p.name != "seq_len_k"]  # as many keys as queries
     shown = inspect.Signature([*first, *rest])
 
     def function(*args: Any, **kwargs: Any) -> Result:
@@ -82,5 +83,6 @@ def _stacked(text: str, what: str) -> str:
         example = rf"q, kv = torch.randn(\1, \2, \3), torch.randn(\1, {size}, \2, \3)"
     else:
         argument, example = rf"qkv: ``[\1, {size}, H, D]``.", rf"qkv = torch.randn(\1, {size}, \2, \3)"
+        text = re.sub(r"^ *seq_len_k: .*\n", "", text, flags=re.MULTILINE)
     text = re.sub(made, example, re.sub(separate, argument, text))
     return text.replace("(q, k, v, ", "(q, kv, " if what == "kv" else "(qkv, ")

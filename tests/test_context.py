@@ -380,6 +380,12 @@ def uneven(rank: int, world_size: int) -> None:
     call = torch.compile(lambda x: cp.attention(x, x, x), backend="eager", fullgraph=False)
     with pytest.raises(ValueError, match="pass seq_len"), no_communication():
         call(x)
+    for lengths in ((12, 11), (11, 12)):  # of queries and of keys, in either order
+        q, k = (cp.shard(torch.randn(1, length, 2, 4), dim=1) for length in lengths)
+        call = torch.compile(lambda q, k: cp.attention(q, k, k), backend="eager", fullgraph=False)
+        with pytest.raises(ValueError, match="pass seq_len"), no_communication():
+            call(q, k)
+    cp.attention(q, k, k, seq_len=11, seq_len_k=12)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     call = torch.compile(lambda x: cp.attention(x, x, x), backend=counter, fullgraph=True)
@@ -404,6 +410,12 @@ def test_dtensors_are_for_the_ops() -> None:
     x = torch.randn(1, 8, 2, 4)
     with mock.patch("nnscaler_ring.core.call.DTensor", torch.Tensor), pytest.raises(ValueError, match=r"call a wrap_\* op"):
         ContextParallel().attention(x, x, x)
+
+
+def test_one_table_is_of_queries_and_keys() -> None:
+    q, k, cu = torch.randn(1, 4, 2, 8), torch.randn(1, 8, 2, 8), torch.tensor([0, 3, 4])
+    with pytest.raises(ValueError, match="4 query and 8 key tokens, but cu_seqlens is of both"):
+        ContextParallel().attention(q, k, k, cu_seqlens=cu, seq_len_k=8)
 
 
 def test_an_unknown_option_is_an_error() -> None:

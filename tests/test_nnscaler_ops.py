@@ -354,13 +354,24 @@ class OfATensor(Dense):
         return nnscaler_ring.wrap_ring_attn_func(q, k, v, q.flatten()[0])
 
 
+class OfTraining(Dense):
+    """Traced as it evaluates, when no weight is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval()
+
+    def op(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        return nnscaler_ring.wrap_ring_attn_func(q, k, v, dropout_p=0.5 if self.training else 0.0, dropout_seed=3)
+
+
 def refuse(rank: int, world_size: int, directory: Path) -> list[str]:
     """What is said of models while code is generated for them."""
     said = []
     with nnscaler_runtime("cpu"):
         import nnscaler
 
-        for model in (OfAGroup, OfNoKernel, OfAShape, OfATensor, Shuffled):
+        for model in (OfAGroup, OfNoKernel, OfAShape, OfATensor, OfTraining, Shuffled):
             inputs = {"x": torch.zeros(B, S, 8, dtype=torch.float64), "cu": torch.tensor(TABLE, dtype=torch.int32)}
             config = nnscaler.ComputeConfig(2, 2, trace_strategy="cpu")
             policy = cut_the_op(0, 0 if model.packed else 1, [], but="shuffled_rows")
@@ -375,11 +386,12 @@ class TestCuts:
     pytestmark = needs_nnscaler
 
     def test_what_a_compiler_would_drop_or_find_late_is_refused(self, tmp_path: Path) -> None:
-        group, kernel, shape, tensor, order = run_ranks(refuse, 1, tmp_path)[0]
+        group, kernel, shape, tensor, training, order = run_ranks(refuse, 1, tmp_path)[0]
         assert "process_group=(0,) in a model that is cut: leave it out" in group
         assert "unknown kernel 'no such kernel'" in kernel
-        assert "window_size is computed from shapes or tensors" in shape
-        assert "softmax_scale is computed from shapes or tensors" in tensor
+        assert "window_size is computed from shapes, tensors or self.training" in shape
+        assert "softmax_scale is computed from shapes, tensors" in tensor
+        assert "dropout_p is computed from shapes, tensors or self.training" in training
         assert "cut in other numbers of parts" in order
 
     @pytest.mark.parametrize("model", MODELS)

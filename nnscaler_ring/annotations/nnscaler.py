@@ -43,7 +43,7 @@ def constant(name: str, value: Any) -> Any:
     """A plain argument as code may look at it.
 
     A `softmax_scale` that a model computes from shapes is a proxy while it is traced, and so is a ``dropout_p`` of
-    ``rate if self.training else 0.0``, which is taken where it is 0.
+    ``rate if self.training else 0.0``, which is taken where both are 0.
 
     Raises:
         ValueError: another argument that is one: the code that nnscaler writes would keep what it is for this length.
@@ -54,10 +54,11 @@ def constant(name: str, value: Any) -> Any:
     parts = value if original.isinstance(value, (original.tuple, original.list)) else (value,)
     for part in parts:
         if original.isinstance(part, proxies.ConcreteProxy):
-            number = original.isinstance(part.value, (original.int, original.float))
-            if not number or not (name == "softmax_scale" or (name == "dropout_p" and part.value == 0)):
-                raise ValueError(f"{name} is computed from shapes or tensors, which nnscaler traces: give a constant")
-            return float(part.value)
+            if name == "softmax_scale" and original.isinstance(part.value, (original.int, original.float)):
+                return original.float(part.value)
+            if name == "dropout_p" and part.node.args[1:] == (0.0, 0.0):  # of `ifexpr(training, rate, 0.0)`
+                return 0.0
+            raise ValueError(f"{name} is computed from shapes, tensors or self.training, which nnscaler traces: give a constant")
     return value
 
 

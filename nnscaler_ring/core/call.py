@@ -369,6 +369,10 @@ def _checked(
             raise ValueError(f"{name}={length!r}: give a number of tokens")
     total = whole_lengths(q, k, recipe.group, rows)
     cu_q, cu_k = host_table("cu_seqlens_q", rows.cu_seqlens_q), host_table("cu_seqlens_k", rows.cu_seqlens_k)
+    if cu_q is not None and cu_k is None and total[0] != total[1]:
+        raise ValueError(
+            f"{total[0]} query and {total[1]} key tokens, but cu_seqlens is of both: wrap_ring_attn_varlen_func takes two"
+        )
     slices = None if rows.slices is None else _slices(rows.slices, *total, recipe.parts)
     mask_of(recipe, *total, content(cu_q), content(cu_k), content(slices))
     check_extras(q, options, total[1])

@@ -220,7 +220,7 @@ def _send_home(
     for mine, there in _in_pieces(step.own):
         home.add(mine, grads.take(there))
     to_home = [(m, grads.empty(m.size, wire)) for m in _pieces(step.home_receive)]
-    to_next = [(m, grads.empty(m.size, wire)) for s in onward for m in s.receive]
+    to_next = [(m, grads.empty(m.size, wire)) for s in onward for m in _pieces(s.receive)]
     outbox = [(m.peer, grads.take(m.rows).to(wire)) for m in _pieces(send)]
     wait = yield _exchange(outbox, [(m.peer, x) for m, x in (*to_home, *to_next)], grads.keys.device)
 
