@@ -159,11 +159,13 @@ def moving_rows(rank: int, world_size: int) -> list[str]:
     said, group = list[str](), dist.group.WORLD
     sent = mock.patch.object(dist, "batch_isend_irecv", side_effect=dist.batch_isend_irecv)
     with mock.patch.dict("os.environ", {VARIABLE: "1"}), sent as messages:
-        for call in (
-            lambda: wrap_zigzag_attn_func(*qkv(heads=2 * (rank + 1)), process_group=group),
-            lambda: ContextParallel().unshard(torch.ones(1, 8, 2 + rank), 1),
+        cu, documents = torch.tensor([0, 4 + 4 * rank, 16]), ContextParallel(layout="zigzag-per-document")
+        for call, what in (
+            (lambda: wrap_zigzag_attn_func(*qkv(heads=2 * (rank + 1)), process_group=group), "batch, heads, head dims or dtype"),
+            (lambda: ContextParallel().unshard(torch.ones(1, 8, 2 + rank), 1), "batch, heads, head dims or dtype"),
+            (lambda: documents.unshard(torch.ones(1, 8, 2), 1, cu_seqlens=cu), "cu_seqlens"),
         ):
-            with pytest.raises(ValueError, match="differ in batch, heads, head dims or dtype") as told:
+            with pytest.raises(ValueError, match=f"differ in {what}") as told:
                 call()
             said.append(str(told.value))
         assert not messages.called
@@ -217,7 +219,7 @@ def test_a_backward_pass_that_one_rank_skips(ranks: Any) -> None:
 
 
 def test_before_rows_are_moved(ranks: Any) -> None:
-    assert [len(said) for said in ranks(2).run(moving_rows)] == [2, 2]
+    assert [len(said) for said in ranks(2).run(moving_rows)] == [3, 3]
 
 
 def test_it_is_off_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,11 +66,11 @@ def rows_sent(held: Layout, cu: np.ndarray) -> int:
     return sum(ends.values()) - held.length
 
 
-def tiles(held: Layout, cu: np.ndarray) -> np.ndarray:
+def tiles(held: Layout, cu: np.ndarray, tile: int = cost.TILE) -> np.ndarray:
     """Tiles of each rank under a causal mask."""
     rank, _, a, b = pieces(held, cu)
     zero = np.zeros_like(a)
-    return np.bincount(rank, cost.band_tiles(a, b, zero, b, zero - NO_LIMIT, zero), minlength=held.world_size)
+    return np.bincount(rank, cost.band_tiles(a, b, zero, b, zero - NO_LIMIT, zero, tile), minlength=held.world_size)
 
 
 # -- the goals ----------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_no_mask_no_tokens() -> None:
 
 
 def test_contiguous_where_that_is_even() -> None:
-    for named in ({}, {"window": (100, 100)}, {"causal": True, "window": (128, 0)}):
+    for named in ({}, {"window": (100, 100)}, {"causal": True, "window": (128, 0)}, {"causal": True, "window": (1024, 0)}):
         assert balanced(mask.build(1 << 16, **named), 8) == layout.contiguous(1 << 16, 8)
     same = np.arange(0, (1 << 14) + 1, 1024)
     assert balanced(mask.build(1 << 14, causal=True, cu_seqlens_q=same), 8) == layout.contiguous(1 << 14, 8)
@@ -165,6 +165,16 @@ def test_contiguous_where_that_is_even() -> None:
 def test_zigzag_for_one_sequence(length: int, world: int) -> None:
     assert balanced(mask.build(length, causal=True), world) == layout.zigzag(length, world)
     assert balanced(mask.build(length, window=(0, -1)), world) == layout.zigzag(length, world)
+
+
+def test_zigzag_where_nothing_is_even_but_it_is_near_the_best() -> None:
+    assert balanced(mask.build(91, causal=True), 4) == layout.zigzag(91, 4)
+
+
+@pytest.mark.parametrize(("cu", "world"), [([0, 300, 1000, 1100, 4096], 16), ([0, 100, 700, 2048], 8)])
+def test_few_tokens_a_rank_are_even_in_smaller_tiles(cu: list[int], world: int) -> None:
+    work = tiles(balanced(packed(np.array(cu)), world), np.array(cu), tile=32)
+    assert work.max() <= balance.EVEN * work.mean()
 
 
 def test_needs_as_many_keys_as_queries() -> None:

@@ -103,6 +103,7 @@ def test_json_is_the_report(run, words):
         row["transport"] = CASES[words]["transport"]
     assert {name: row[name] for name in CASES[words]} == CASES[words]
     assert row["sent_per_rank"] == row["sent"] / row["world_size"]
+    assert row["sent_backward_per_rank"] == row["sent_backward"] / row["world_size"]
     assert row["sent_over_needed"] == (row["sent"] / row["needed"] if row["needed"] else None)
 
 

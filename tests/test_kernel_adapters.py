@@ -280,6 +280,7 @@ def test_a_result_that_is_not_known_is_refused(install: Callable[..., None]) -> 
         (RELEASES_2[0], "2.3.0", r"flash-attn 2 \(2.3.0\) is older than 2.5.5"),
         (RELEASES_4[0], "4.0.0b8", r"flash-attn 4 \(4.0.0b8\) is older than 4.0.0b9"),
         (RELEASES_TE[0], "2.1.0", r"Transformer Engine \(2.1.0\) is older than 2.2.0"),
+        (RELEASES_TE[0]._replace(installed=("transformer_engine_cu12", "")), "2.1.0", r"\(2.1.0\) is older than 2.2.0"),
     ],
 )
 def test_what_is_too_old(release: Release, version: str, said: str, install: Callable[..., None]) -> None:
@@ -309,6 +310,13 @@ def test_a_library_that_cannot_be_imported(install, monkeypatch: pytest.MonkeyPa
         FlashAttn2().check(case())
 
 
+def test_a_package_of_the_same_name_is_not_the_library(install) -> None:
+    """flash-attn 4 comes as a part of ``flash_attn``, which is then no flash-attn 2."""
+    install(RELEASES_4[-1])
+    with pytest.raises(NotImplementedError, match=r"^flash-attn 2 is not installed$"):
+        FlashAttn2().check(case())
+
+
 def test_what_each_adapter_lacks(install: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     lacks: list[tuple[Release, tuple[int, int], Case, str]] = [
         (RELEASES_2[0], (9, 0), case(features=frozenset({"softcap"})), "_flash_attn_forward has no softcap"),
@@ -317,6 +325,7 @@ def test_what_each_adapter_lacks(install: Callable[..., None], monkeypatch: pyte
         (RELEASES_2[-1], (9, 0), case(dim=257), "head dims up to 256, not 257 and 257"),
         (RELEASES_2[-1], (9, 0), case(features=frozenset({"dropout"})), "it has no dropout"),
         (RELEASES_3[-1], (8, 0), case(), "needs a GPU of compute capability 9.x, not 8.0"),
+        (RELEASES_3[-1], (10, 0), case(), "needs a GPU of compute capability 9.x, not 10.0"),
         (RELEASES_3[-1], (9, 0), case(dim=256, deterministic=True), "no deterministic backward for head dims above 192"),
         (RELEASES_4[-1], (8, 6), case(), "needs a GPU of compute capability 9.x, 10.x, not 8.6"),
         (RELEASES_4[-1], (10, 0), case(dim=256), r"not used on Blackwell for head dims padded to \(256, 256\)"),

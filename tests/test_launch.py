@@ -126,9 +126,11 @@ REFUSED = {
     "local-rank-out-of-world": ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=2", "LOCAL_RANK=2, but WORLD_SIZE=2"),
     "local-size-too-high": (MPICH.replace("NRANKS=4", "NRANKS=5"), "MPI_LOCALNRANKS=5, but PMI_SIZE=4"),
     "not-a-number": ("RANK=first WORLD_SIZE=2 LOCAL_RANK=0", "RANK=first: give a whole number"),
+    "not-in-ascii": ("RANK=\u0663 WORLD_SIZE=4 LOCAL_RANK=0", "RANK=\u0663: give a whole number"),
     "negative": ("RANK=-1 WORLD_SIZE=2 LOCAL_RANK=0", "RANK=-1: give a whole number, 0 or more"),
     "other-rank": (f"{OPENMPI} RANK=0", "RANK=0, but openmpi says 3: unset RANK"),
     "other-size": (f"{SRUN} WORLD_SIZE=2", "WORLD_SIZE=2, but slurm says 4: unset WORLD_SIZE"),
+    "no-number-beside": (f"{MPICH} WORLD_SIZE=four", "WORLD_SIZE=four, but mpich says 4: unset WORLD_SIZE"),
     "other-local-rank": (f"{MPICH} LOCAL_RANK=0", "LOCAL_RANK=0, but mpich says 3: unset LOCAL_RANK"),
 }
 
@@ -369,6 +371,7 @@ def test_device_and_backend(
     [
         ({"gloo"}, {}, "mpi", ValueError, "backend='mpi': give one of nccl, xccl, ccl, gloo, or None"),
         ({"gloo"}, {}, "nccl", NotImplementedError, "nccl for cuda is not in this torch .*, which finds cpu"),
+        ({"gloo", "nccl"}, {}, "nccl", NotImplementedError, "nccl for cuda is not in this torch .*, which finds cpu"),
         ({"gloo"}, {"cuda": 1}, None, NotImplementedError, "nccl for cuda is not in this torch .*, which finds cuda, cpu"),
         ({"gloo"}, {"xpu": 1}, None, NotImplementedError, "xccl for xpu or ccl for xpu is not in this torch"),
     ],
@@ -574,8 +577,9 @@ def test_two_mpiexec_at_once(start: Any, flavour: str) -> None:
 def test_a_timeout_is_that_of_the_meeting_and_of_the_group(faked: Faked, monkeypatch: pytest.MonkeyPatch) -> None:
     met: list[dict[str, timedelta]] = []
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **named: met.append(named) or iter([(dist.HashStore(), 0, 0)]))
-    with pytest.raises(ValueError, match=r"timeout=5: give a datetime\.timedelta"):
-        setup_mpi_distributed("gloo", timeout=5)  # type: ignore[arg-type]
+    for wrong in (5, 0):
+        with pytest.raises(ValueError, match=rf"timeout={wrong}: give a datetime\.timedelta"):
+            setup_mpi_distributed("gloo", timeout=wrong)  # type: ignore[arg-type]
     faked.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="20000")
     setup_mpi_distributed("gloo", timeout=timedelta(seconds=5))
     assert met == [{"timeout": timedelta(seconds=5)}] and faked.started[0]["timeout"] == timedelta(seconds=5)
@@ -598,3 +602,46 @@ def test_groups_of_one_launch_do_not_read_each_others_keys() -> None:
     meeting = launch._Meeting(Launch("single", 0, 1, 0), {})
     meeting.next_store(None).set("key", "old")
     assert not meeting.next_store(None).check(["key"])
+
+
+def test_an_empty_variable_is_set(faked: Faked) -> None:
+    faked.setup({**variables(MPICH), "MASTER_ADDR": "", "RANK": ""})
+    assert (faked.environ["MASTER_ADDR"], faked.environ["RANK"]) == (LOOPBACK, "3")
+
+
+def test_a_report_that_is_changed_changes_no_other(alone: None) -> None:
+    for _ in range(2):
+        setup_mpi_distributed("gloo")["rank"] = 7
+    assert setup_mpi_distributed() == ALONE
+
+
+def test_an_mpi4py_without_an_mpi_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(name: str) -> None:
+        raise RuntimeError("cannot load MPI library")
+
+    mpi4py = types.ModuleType("mpi4py")
+    mpi4py.__getattr__ = lacking  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "mpi4py", mpi4py)
+    assert launch._by_mpi(Launch("mpich", 0, 2, 0, mpi=True)) is None
+
+
+def test_a_device_tells_the_local_rank(faked: Faked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a group that nothing explains: rank 5 may be the second of its node."""
+    bound = types.SimpleNamespace(bound_device_id=torch.device("cuda", 1))
+    monkeypatch.setattr(launch, "_default", lambda: bound)
+    for name, value in {"is_initialized": True, "get_rank": 5, "get_world_size": 8, "get_backend": "nccl"}.items():
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    assert launch._report(None) == {**ALONE, "rank": 5, "world_size": 8, "local_rank": 1, "device": bound.bound_device_id} | {
+        "launcher": "unknown",
+        "backend": "nccl",
+    }
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_starter_is_the_first_without_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known by its start as well: the number of a process comes again."""
+    with subprocess.Popen([shutil.which("sleep") or "sleep", "9"], env={"A_RANK": "1"}) as ranked:
+        monkeypatch.setattr(os, "getppid", lambda: ranked.pid)
+        found, other = launch._starter("A_RANK"), launch._starter("ANOTHER_RANK")
+        ranked.kill()
+    assert re.fullmatch(rf"{os.getpid()}@[1-9]\d*", found) and other.startswith(f"{ranked.pid}@")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from typing import Any
 from unittest import mock
@@ -149,3 +150,30 @@ def test_choices_and_defaults_of_other_functions_are_refused() -> None:
         nr.wrap_piecewise_attn_func(q, k, q, k, v, 3, causal=True, layout="zigzag")
     with pytest.raises(ValueError, match="causal=False"):  # the default of ring-flash-attention
         nr.zigzag_ring_flash_attn_func(q, k, v)
+
+
+def test_what_a_function_fixes_is_no_argument() -> None:
+    with pytest.raises(TypeError, match="'layout'"):
+        nr.zigzag_ring_flash_attn_func(*qkv(), causal=True, layout="contiguous")
+
+
+def test_functions_that_are_causal_alone_look_at_causal_wherever_it_is() -> None:
+    assert nr.zigzag_ring_flash_attn_func(*qkv(), 0.0, None, True).shape == qkv()[0].shape
+    for more in ((), (0.0, None, False)):
+        with pytest.raises(ValueError, match="zigzag_ring_flash_attn_func: causal=False"):
+            nr.zigzag_ring_flash_attn_func(*qkv(), *more)
+
+
+def test_what_is_packed_in_one_tensor() -> None:
+    q, k, _ = qkv()
+    with pytest.raises(TypeError, match="missing a required argument: 'kv'"):
+        nr.ring_flash_attn_kvpacked_func(q)
+    for kv in (k, k[:2, 0], k.new_zeros(2, 8), k.new_zeros(1, 16, 3, 2, 8)):
+        with pytest.raises(ValueError, match="kv has shape"):
+            nr.ring_flash_attn_kvpacked_func(q, kv)
+
+
+def test_functions_made_of_functions_are_found_by_name() -> None:
+    """As pickle looks for them, for a process that is spawned."""
+    for function in (nr.zigzag_ring_flash_attn_func, nr.stripe_flash_attn_kvpacked_func):
+        assert pickle.loads(pickle.dumps(function)) is function

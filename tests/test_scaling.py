@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,9 +23,12 @@ from nnscaler_ring.core.scaling import (
     Shape,
     Speed,
     best_transport,
+    head_bytes,
     machine_of,
     rank_pairs,
     report,
+    row_transport,
+    step_bytes,
     timeline,
 )
 from nnscaler_ring.core.teams import deal, team_of, teams
@@ -158,3 +162,82 @@ def test_ranks_that_do_not_divide_into_teams_are_refused() -> None:
 def test_who_shares_key_heads() -> None:
     of_heads = {heads_k: team_of(build("contiguous", 8, 2), 2, 0, 4, heads_k).shared for heads_k in (4, 2, 1)}
     assert of_heads == {4: False, 2: False, 1: True}
+
+
+def test_two_products_forward_and_five_backward() -> None:
+    shape = Shape(heads=3, heads_k=1, dim=3, dim_v=5)
+    assert (shape.flops(), shape.flops(backward=True)) == (3 * 2 * (3 + 5), 3 * 2 * (3 * 3 + 2 * 5))
+
+
+def test_a_network_carries_one_thing_at_a_time() -> None:
+    mask, held = build_mask(512, causal=True), build("contiguous", 512, 4)
+    made = timeline(plan(mask, held, held, "ring", 2), ONE, SLOW, Network("slow", 1e3, 0.0), backward=True)
+    assert len(made.network) == 5 and all(one.end <= after.start for one, after in pairwise(made.network))
+
+
+def test_bytes_of_a_step_by_hand() -> None:
+    """32 rows a rank of 3 heads of 3 elements, values of 5, in 2 bytes; of 4 parts at once each moves 8 / 4 bytes of their sum."""
+    mask, held, shape = build_mask(96), build("contiguous", 96, 3), Shape(heads=3, heads_k=1, dim=3, dim_v=5)
+    ring, gather = (plan(mask, held, held, way, 2) for way in ("ring", "all_gather"))
+    assert [step_bytes(ring, t, shape, 4, False) for t in range(3)] == [0, 32 * 15 * (2 + 2), 32 * 15 * (2 + 2)]
+    merged, made, home = 32 * 9 * (2 + 2), 32 * 8 * (2 + 4), 32 * 8 * (4 + 2)  # dQ; dK and dV to fp32; those of the own rows
+    assert [step_bytes(ring, t, shape, 4, True) for t in range(3)] == [0, merged + made + 32 * 8 * 4, merged + made + home]
+    own = 32 * 8 * (4 + 2)
+    assert step_bytes(gather, 1, shape, 4, True) == 3 * made + 2 * home + own
+
+
+def test_ranks_that_are_looked_at_in_a_large_world() -> None:
+    """The fourth of 8 has most rows to get, the second most pairs: as slow as if all were planned."""
+    machine, held = (SPEEDS["fa2-h100"], NETWORKS["gloo"]), build("contiguous", 4096, 8)
+    mask = Mask([(512, 1024, 512, 1024), (1536, 1538, 0, 4096)], 4096)
+    every, few = (report(mask, held, "halo", Shape(), *machine, most=most) for most in (8, 2))
+    assert every.slowest == 3 and replace(every, tile_balance=None) == few and every.tile_balance is not None
+
+
+def test_gradients_of_heads_that_no_ranks_share_travel_as_they_are() -> None:
+    machine, shape = (SPEEDS["fa2-h100"], NETWORKS["nvlink"]), Shape(heads=4, heads_k=4, dim=4, dim_v=6)
+    made = report(build_mask(64, causal=True), build("contiguous", 64, 4), "all_to_all", shape, *machine)
+    assert made.sent_backward == 64 * 3 * (6 * 2 + 4) + 64 * 3 * (4 + 10) * 2
+
+
+def test_a_grid_takes_as_long_as_the_rank_with_most_heads() -> None:
+    """Of 8 heads on 3 ranks two have 3 and one of them both key heads, one of these repeated."""
+    mask, held, machine = build_mask(768, causal=True), build("contiguous", 768, 6), (SPEEDS["fa2-h100"], NETWORKS["nvlink"])
+    made = report(mask, held, "ring", Shape(heads=8, heads_k=2), *machine, inner=3)
+    last = plan(mask, teams(held, 3), teams(held, 3), "ring", 1)
+    before, after = head_bytes(Shape(heads=8, heads_k=2), deal(8, 2, 3), held)
+    for n, total in enumerate((made.forward, made.backward)):
+        around = int(before[n].max()), int(after[n].max())
+        assert total == timeline(last, Shape(heads=3, heads_k=3), *machine, bool(n), around).total
+    pairs, tiles = np.array([384 * 385 / 2, 384 * 384 + 384 * 385 / 2]), np.array([6, 15])
+    assert made.balance == pytest.approx(pairs.max() / pairs.mean() * 9 / 8)
+    assert made.tile_balance == pytest.approx(tiles.max() / tiles.mean() * 9 / 8)
+
+
+def test_a_mask_that_sees_nothing_is_efficient() -> None:
+    assert report(Mask([], 8), build("zigzag", 8, 2), "ring", Shape(), *machine_of("cuda", 2)).efficiency == 1.0
+
+
+def test_groups_grow_in_small_worlds_under_simple_masks_alone() -> None:
+    slow = Speed("slow memory", 1e15, 1e15, 0.0, 1e9), Network("fast", 1e12, 0.0)
+    causal, many = build_mask(4096, causal=True), Mask([(0, 4096, k, k + 128, -4096, 0) for k in range(0, 4096, 128)], 4096)
+    held = {world: build("zigzag", 4096, world) for world in (8, 16)}
+    ways = [row_transport(mask, (held[n], held[n]), Shape(), slow, False) for mask, n in ((causal, 8), (causal, 16), (many, 8))]
+    assert ways == ["grouped_ring", "ring", "ring"]
+
+
+@pytest.mark.parametrize(
+    ("world", "length", "window", "name", "heads", "network", "best"),
+    [
+        (16, 65536, -1, "contiguous", (32, 8), "nvlink", "all_to_all"),  # two ranks a key head
+        (2, 16384, 4096, "contiguous", (32, 8), "nvlink", "halo"),  # which takes longer, but not clearly
+        (2, 4096, -1, "zigzag", (8, 8), "400g", "all_to_all"),  # keys and values would travel twice
+        (2, 1024, -1, "zigzag", (8, 8), "nvlink", "halo"),  # 4 messages for heads
+        (8, 16384, 1024, "zigzag", (16, 16), "100g", "all_to_all"),  # few own rows to hide a halo behind
+    ],
+)
+def test_the_best_transport_where_two_are_near(
+    world: int, length: int, window: int, name: str, heads: tuple[int, int], network: str, best: str
+) -> None:
+    mask, shape = build_mask(length, causal=True, window=(window, 0)), Shape(heads=heads[0], heads_k=heads[1])
+    assert best_transport(mask, build(name, length, world), shape, SPEEDS["fa2-h100"], NETWORKS[network]) == best

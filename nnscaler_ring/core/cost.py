@@ -32,7 +32,6 @@ def band_tiles(
     # tile rows before the last that see a key: [begin, end]
     begin = np.maximum(0, -last_at)
     end = np.minimum(last - 1, (j1 - 1 - i0 - low) // tile)
-    end = np.maximum(end, begin - 1)
     rising = ramp(begin, end + 1, last_at + 1)  # none of these rows is below 0
     whole = rising - ramp(begin, end + 1, last_at - edge) - ramp(begin, end + 1, first_at)
     # the last
@@ -52,7 +51,6 @@ def one_band_tiles(i0: int, i1: int, j0: int, j1: int, low: int, high: int, tile
     i0, i1 = max(i0, j0 - high), min(i1, j1 - low)
     if i0 >= i1 or j0 >= j1 or low > high:
         return 0
-    low, high = max(low, j0 - i1), min(high, j1 - i0)
     last, edge = (i1 - i0 - 1) // tile, (j1 - j0 - 1) // tile
     first_at, last_at = (i0 + low - j0) // tile, (i0 + tile - 1 + high - j0) // tile
     total = min(edge, (i1 - 1 + high - j0) // tile) - max(0, last + first_at) + 1  # trimmed: the last tile row sees a key
