@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -542,6 +543,10 @@ def test_a_device_tells_the_local_rank(faked: Faked, monkeypatch: pytest.MonkeyP
 def test_the_starter_is_the_first_without_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Known by its start as well: the number of a process comes again."""
     with subprocess.Popen([shutil.which("sleep") or "sleep", "9"], env={"A_RANK": "1"}) as ranked:
+        while (
+            b"A_RANK" not in pathlib.Path(f"/proc/{ranked.pid}/environ").read_bytes()
+        ):  # which it has a moment after it has started
+            time.sleep(0.001)
         monkeypatch.setattr(os, "getppid", lambda: ranked.pid)
         found, other = launch._starter("A_RANK"), launch._starter("ANOTHER_RANK")
         ranked.kill()
