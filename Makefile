@@ -8,6 +8,8 @@ TORCH  ?= torch==2.13.0
 NPROC  ?= 2
 # Passed on: make demo ARGS='--variant stripe', make test ARGS='-k zigzag -x'.
 ARGS   ?=
+# A process for each core, up to four, each with whole files of tests; in one process: make test ARGS='-n 0'.
+WORKERS := -p xdist -n logical --maxprocesses 4 --dist loadfile
 
 VENV := .venv
 PY   := $(VENV)/bin/python
@@ -26,10 +28,10 @@ demo: $(VENV)/.demo ## train the example on NPROC=2 processes; ARGS go to it
 		examples/train_long_context.py $(ARGS)
 
 test: $(VENV)/.test ## run the tests, all but the slow ones; ARGS go to pytest
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(WORKERS) $(ARGS)
 
 test-slow: $(VENV)/.test ## run the slow tests; ARGS go to pytest
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PY) -m pytest $(WORKERS) -m slow $(ARGS)
 
 lint: $(VENV)/.lint ## check style, format and types
 	$(PY) -m ruff check .
