@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import socket
+import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
+from torch.torch_version import TorchVersion
 
 LOOPBACK = "127.0.0.1"
 PORTS = range(16384, 32768)
@@ -362,8 +364,14 @@ def cleanup_distributed() -> None:
     if made is None:
         return
     if _is_default(made.group):
+        if not _LETS_GO:
+            time.sleep(0.2)
         dist.destroy_process_group()
     _unset(made.variables)
+
+
+_LETS_GO = TorchVersion(torch.__version__) >= "2.8"
+"""A group that ends lets gloo's threads have the interpreter, to drop its last message; before it may hang (pytorch#154976)."""
 
 
 def _default() -> Any:

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def test_blocks_run(page: Path, alone: None, capsys: pytest.CaptureFixture) -> N
     """All Python blocks of a page, in one namespace, a world of one; a block of text is what those before it print."""
     if page.name == "compile.md" and TorchVersion(torch.__version__) < "2.7":
         pytest.skip("needs a torch newer than 2.6, as the page says")
+    if page.name == "transformers.md" and find_spec("transformers") and TorchVersion(version("transformers")) < "5":
+        pytest.skip("needs transformers 5, as the page says")
     namespace = {"__name__": "__main__"}
     for line, language, block in blocks(page, "python", "text"):
         if language == "text":

@@ -464,6 +464,19 @@ def test_a_group_that_replaced_ours_is_left(alone: None) -> None:
     assert dist.group.WORLD is group and not NAMES & os.environ.keys()
 
 
+def test_gloo_lets_go_of_its_last_message_before_the_group_ends(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a torch whose groups join gloo's threads without letting them have the interpreter."""
+    done: list[str] = []
+    monkeypatch.setattr(launch, "_LETS_GO", False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: done.append("waited"))
+    monkeypatch.setattr(
+        dist, "destroy_process_group", lambda destroy=dist.destroy_process_group: (done.append("destroyed"), destroy())
+    )
+    setup_mpi_distributed("gloo")
+    cleanup_distributed()
+    assert done == ["waited", "destroyed"]
+
+
 def report(rank: int, world_size: int) -> Any:
     started = setup_mpi_distributed()
     cleanup_distributed()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.torch_version import TorchVersion
 
 import nnscaler_ring
 from nnscaler_ring import ContextParallel, substitute_hf_flash_attn, update_ring_flash_attn_params, use_ring_attn
@@ -225,6 +226,8 @@ def in_fsdp(model: Any) -> Any:
 
 
 WRAPPED: dict[str, Callable[[Any], Any]] = {"DDP": in_ddp, "FSDP2": in_fsdp}
+FSDP_ON_CPU = TorchVersion(torch.__version__) >= "2.7"
+"""Before, FSDP2 asks the device for events."""
 
 
 def wrapped(rank: int, world_size: int, how: str, layout: str) -> None:
@@ -237,6 +240,8 @@ def wrapped(rank: int, world_size: int, how: str, layout: str) -> None:
 
 @pytest.mark.parametrize("how", ["checkpoint", "checkpoint, reentrant", *WRAPPED])
 def test_training_wrappers(ranks: Any, how: str) -> None:
+    if how == "FSDP2" and not FSDP_ON_CPU:
+        pytest.skip("needs torch 2.7, whose FSDP2 runs on CPUs")
     ranks(2).run(wrapped, how, "zigzag")
 
 
@@ -390,6 +395,8 @@ def last_loss(world_size: int, *options: str) -> float:
 def test_the_example() -> None:
     want = last_loss(1)
     assert abs(last_loss(2) - want) < 1e-4
+    if not FSDP_ON_CPU:
+        pytest.skip("--fsdp needs torch 2.7, whose FSDP2 runs on CPUs")
     assert abs(last_loss(2, "--layout", "balanced", "--fsdp") - want) < 1e-4
 
 
@@ -484,8 +491,11 @@ def test_positions_that_are_written_over_say_other_documents() -> None:
 
 def test_substitutes_refuse_masks_made_by_functions() -> None:
     substitute_hf_flash_attn(None)
+    mask = registered("ring_attn")[1]
+    if mask is None:
+        pytest.skip("needs a transformers that asks for masks by the name of an implementation")
     with pytest.raises(NotImplementedError, match="a mask function"):
-        registered("ring_attn")[1](use_vmap=True)  # type: ignore[misc]
+        mask(use_vmap=True)
 
 
 def boundaries_of_groups(rank: int, world_size: int) -> None:
