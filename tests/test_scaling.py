@@ -130,7 +130,7 @@ def test_the_best_transport() -> None:
     assert best_transport(window, zigzag, odd, *gpu) == "halo", "few rows: in one step"
     assert best_transport(window, contiguous, Shape(), *gpu) == "halo", "heads would move all rows"
     assert best_transport(causal, contiguous, Shape(), *gpu) == "all_to_all", "which evens out the work"
-    assert best_transport(causal, contiguous, odd, *gpu) == "ring", "28 heads do not divide by 8"
+    assert best_transport(causal, contiguous, odd, *gpu) == "all_to_all", "also where some ranks have 4 heads and some 3"
     short = build_mask(2048, causal=True)
     many = Shape(heads=8, heads_k=8)
     assert best_transport(short, build("zigzag", 2048, 8), many, SPEEDS["fa2-h100"], NETWORKS["100g"]) == "all_to_all"
@@ -232,7 +232,12 @@ def test_groups_grow_in_small_worlds_under_simple_masks_alone() -> None:
         (16, 65536, -1, "contiguous", (32, 8), "nvlink", "all_to_all"),  # two ranks a key head
         (2, 16384, 4096, "contiguous", (32, 8), "nvlink", "halo"),  # which takes longer, but not clearly
         (2, 4096, -1, "zigzag", (8, 8), "400g", "all_to_all"),  # keys and values would travel twice
-        (2, 1024, -1, "zigzag", (8, 8), "nvlink", "halo"),  # 4 messages for heads
+        (2, 2048, -1, "zigzag", (8, 8), "nvlink", "halo"),  # 4 messages for heads
+        (2, 1024, -1, "zigzag", (8, 8), "nvlink", "all_to_all"),  # one call, not two
+        (3, 1024, -1, "contiguous", (28, 4), "nvlink", "all_to_all"),  # and one wait
+        (16, 4608, -1, "contiguous", (24, 24), "400g", "all_to_all"),  # 2 heads or 1
+        (8, 4096, -1, "zigzag", (28, 4), "nvlink", "ring"),  # one with 4 heads would be waited for
+        (4, 4096, 1024, "contiguous", (6, 6), "400g", "halo"),  # and one that sends more
         (8, 16384, 1024, "zigzag", (16, 16), "100g", "all_to_all"),  # few own rows to hide a halo behind
     ],
 )

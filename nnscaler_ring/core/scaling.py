@@ -370,7 +370,7 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
     """``all_to_all`` if it clearly takes less time for both passes than moving keys and values as `plan.choose` says, else that.
 
     A ring hides its rows behind all calls but the first, a halo behind the calls on own rows, an exchange for heads behind nothing;
-    but it alone evens out the work of a layout that does not. Heads are exchanged only where they divide.
+    but it alone evens out the work of a layout that does not, as far as heads divide: the rank with most is waited for.
 
     Example:
         >>> from nnscaler_ring.core import layout, mask
@@ -380,8 +380,8 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
         ['ring', 'halo']
     """
     world, rows = held.world_size, choose(mask, held, held)
-    if shape.heads % world or (shape.heads_k % world and world % shape.heads_k):
-        return rows
+    shares = deal(shape.heads, shape.heads_k, world)
+    most = max(share.q[1] - share.q[0] for share in shares) * world / shape.heads
     pairs, needed = rank_pairs(mask, held), rows_needed(mask, held, held)
     a_pair = shape.flops() / speed.forward + shape.flops(True) / speed.backward
     compute, mean = float(pairs.max()) * a_pair, float(pairs.mean()) * a_pair
@@ -389,14 +389,15 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
     own = float((held.counts / np.maximum(held.counts + needed, 1)).min())  # of the keys that a rank reads
     hidden = mean * (own if rows == "halo" else (world - 1) / world)
     busiest = float(np.maximum(needed, rows_given(mask, held, held)).max() if rows == "halo" else needed.max()) * row
-    before, after = head_bytes(shape, deal(shape.heads, shape.heads_k, world), held)
-    around = float(sum(x.mean() for x in (*before, *after)))
+    around = float(sum(np.add(*head_bytes(shape, shares, held)).max(1)))
+    steps = 0 if not needed.any() else 1 if rows == "halo" else world - 1
+    sent = busiest / network.bandwidth + 2 * steps * network.latency
     times = {
-        rows: compute + max(0.0, busiest / network.bandwidth - hidden),
-        ALL_TO_ALL: mean + around / network.bandwidth + 4 * network.latency,
+        rows: compute + 2 * (1 + steps) * speed.launch + max(0.0, sent - hidden),
+        ALL_TO_ALL: mean * most + 2 * speed.launch + around / network.bandwidth + 4 * network.latency,
     }
     return ALL_TO_ALL if times[ALL_TO_ALL] * CLEARLY < times[rows] else rows
 
 
 CLEARLY = 1.1
-"""By how much a modelled time must be less: the model leaves out launches, tiles and copies."""
+"""By how much a modelled time must be less: the model leaves out tiles, merges and copies."""
