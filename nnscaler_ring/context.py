@@ -131,7 +131,7 @@ class ContextParallel:
         self._alone = group_or_mesh is None and name == "local:1"
         rank_in(name)  # the group is there, and this process in it; not kept, since another process may load what this one saves
         self._uneven: set[int] = set()  # lengths of shards that were given out where others had another
-        self._lately_uneven = False  # of which those since the last call were: a graph is for one value, and looks at this alone
+        self._lately_uneven = False  # some were given out since the last call: a graph is for one value, and looks at this alone
         self._called = False  # since shards were given out, outside of a graph
         self._by_documents: bool | None = None  # and were cut by documents, where the layout may look at them
 
@@ -269,7 +269,7 @@ class ContextParallel:
             return seq_len
         if cu is not None:
             return int(check_cu_seqlens("cu_seqlens", cu.numpy(), None)[-1])
-        self._check_even(tokens, tokens in self._uneven)
+        self._check_even(tokens, self._lately_uneven or tokens in self._uneven)  # or their sum: of parts put end to end
         return tokens * self.world_size
 
     def _check_even(self, tokens: int, uneven: bool) -> None:
