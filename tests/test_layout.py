@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from nnscaler_ring.core.layout import Layout
+from nnscaler_ring.core.layout import Layout, joined
 from nnscaler_ring.core.layouts import LAYOUTS, build, name_of
+from nnscaler_ring.core.recipe import Recipe
+from tests import oracle
 from tests.shapes import WORLDS
 
 LENGTHS = (0, 1, 2, 3, 5, 7, 8, 16, 31, 32, 33, 97)
@@ -161,3 +163,23 @@ def test_runs_that_make_no_layout_are_refused(runs: list[list[int]], why: str) -
 
 def test_balanced_looks_at_documents() -> None:
     assert build("balanced", 8, 2, np.array([0, 3, 8])).runs.tolist() == [[0, 0, 3], [0, 7, 1], [1, 3, 4]]
+
+
+def test_sequences_cut_one_by_one() -> None:
+    """Each rank holds its part of one after that of the other, whatever the layouts; and what ranks compute is one device's."""
+    for name in ("contiguous", "zigzag", "stripe"):
+        text, image = build(name, 7, 3), build(name, 30, 3)
+        held = joined(text, image)
+        for rank in range(3):
+            assert held.positions(rank).tolist() == [*text.positions(rank), *(7 + image.positions(rank))], name
+        given = oracle.inputs(0, (1, 37, 37), (4, 2, 8, 8))
+        got, want = (
+            oracle.run(given, 0.3, Recipe(group=f"local:{ranks}", layout=layout))
+            for ranks, layout in ((3, name_of(held)), (1, "contiguous"))
+        )
+        for mine, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert joined(text) == text
+    for wrong in ((), (text, build("stripe", 8, 2)), (text, build("zigzag", 8, 3))):
+        with pytest.raises(ValueError, match="one number of ranks and one stride"):
+            joined(*wrong)

@@ -289,21 +289,24 @@ def test_models_that_would_be_wrong_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="does not ask for its attention by name"):
         Attention(ContextParallel(), any_model=True).apply(transformers.BloomForCausalLM(transformers.BloomConfig(**small)))
     with pytest.raises(NotImplementedError, match="its loss may look at other tokens"):
-        Attention(ContextParallel()).apply(transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SMALL)))
-    with pytest.raises(NotImplementedError, match="its loss may look at other tokens"):
         Attention(ContextParallel()).apply(
             transformers.GPT2DoubleHeadsModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2))
         )
-    for wrong in (transformers.LlamaForQuestionAnswering, transformers.LlamaForTokenClassification):
+    for wrong, message, any_model in (
+        (transformers.LlamaForTokenClassification, "its loss may look at other tokens", False),
+        (transformers.LlamaForQuestionAnswering, "looks at one token of all", True),
+        (transformers.LlamaForSequenceClassification, "looks at one token of all", True),
+    ):
         for model in (made := wrong(transformers.LlamaConfig(**SMALL)), torch.compile(made)):
-            with pytest.raises(NotImplementedError, match="its loss may look at other tokens"):
-                Attention(ContextParallel()).apply(model)
+            with pytest.raises(NotImplementedError, match=message):
+                Attention(ContextParallel(), any_model=any_model).apply(model)
     Attention(ContextParallel()).apply(transformers.LlamaModel(transformers.LlamaConfig(**SMALL)))
     settings: list[tuple[str, dict[str, Any]]] = [
         ("conv", {"layer_types": ["conv", "full_attention"]}),
         ("output_router_logits", {"output_router_logits": True}),
         ("attention weights", {"output_attentions": True}),
         ("encoders with decoders", {"is_encoder_decoder": True}),
+        ("mask says who sees whom", {"use_bidirectional_attention": True}),
         ("RoPE of", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
         ("RoPE of", {"rope_scaling": {"type": "longrope"}}),
     ]

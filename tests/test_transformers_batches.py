@@ -14,7 +14,8 @@ from torch.torch_version import TorchVersion
 
 from nnscaler_ring import ContextParallel
 from nnscaler_ring.core import agree, layouts
-from nnscaler_ring.integrations.transformers import Attention, _check_order
+from nnscaler_ring.integrations.batches import check_order
+from nnscaler_ring.integrations.transformers import Attention
 from tests.test_transformers import DOCUMENTS, alone, build, close, each_alone, packed_row, transformers
 
 
@@ -54,10 +55,10 @@ def test_documents_from_positions(ranks: Any) -> None:
 def test_positions_beside_boundaries() -> None:
     """They may begin anywhere, jump, and differ by row; what falls inside a document is of another order, but for padding."""
     cu = np.array([0, 3, 8])
-    _check_order(np.array([[2, 3, 4, 0, 2, 4, 7, 8], [0, 1, 2, 5, 6, 0, 0, 0]]), cu)
+    check_order(np.array([[2, 3, 4, 0, 2, 4, 7, 8], [0, 1, 2, 5, 6, 0, 0, 0]]), cu)
     for wrong in ([0, 1, 2, 0, 3, 1, 2, 4], [0, 1, 2, 0, 1, 0, 1, 2]):
         with pytest.raises(ValueError, match="inside a document of cu_seq_lens_q, at token"):
-            _check_order(np.array([[0, 1, 2, 0, 1, 2, 3, 4], wrong]), cu)
+            check_order(np.array([[0, 1, 2, 0, 1, 2, 3, 4], wrong]), cu)
 
 
 def other_rows(rank: int, world_size: int) -> list[str]:
@@ -119,7 +120,15 @@ def test_bad_batches_are_refused() -> None:
         ("labels has shape", {"input_ids": ids, "labels": ids[:, 1:]}),
         ("padding before tokens", {"input_ids": ids, "attention_mask": left}),
         (r"give \[B, S\]", {"input_ids": ids, "attention_mask": left[:, None, None]}),
-        (r"give \[B, S\]", {"input_ids": ids, "position_ids": positions.expand(3, 2, 6)}),
+        (r"give \[B, S\]", {"input_ids": ids, "position_ids": positions.expand(3, 2, 6)[..., 1:]}),
+        (r"several kinds begin anew at tokens \[0, 3\]", {"input_ids": ids, "position_ids": positions.expand(3, 2, 6)}),
+        (r"give input_ids \[B, S\]", {"input_ids": ids[0]}),
+        (r"give input_ids \[B, S\]", {"inputs_embeds": ids.float()}),
+        (r"give input_ids \[B, S\]", {"input_ids": ids, "inputs_embeds": torch.ones(2, 5, 4)}),
+        ("labels of torch.float32", {"input_ids": ids, "labels": ids.float()}),
+        ("other numbers than 0 and 1", {"input_ids": ids, "attention_mask": torch.zeros(2, 6).masked_fill(left == 0, -torch.inf)}),
+        ("pixel_values: not known here", {"input_ids": ids, "pixel_values": [torch.ones(3, 4, 4)]}),
+        (r"seq_idx changes at \[3\]", {"input_ids": ids, "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])}),
         ("labels of 1 rows for 2", {"input_ids": ids, "labels": ids[:1]}),
         ("labels on padding", {"input_ids": ids, "labels": ids, "attention_mask": left.flip(1)}),
         ("give tensors", {"input_ids": ids.tolist()}),
@@ -132,6 +141,8 @@ def test_bad_batches_are_refused() -> None:
     for message, batch in cases:
         with pytest.raises(ValueError, match=message):
             attention.shard_batch(batch)
+    with pytest.raises(ValueError, match="a mapping of names to tensors, not tuple"):
+        attention.shard_batch((ids, ids))  # type: ignore[arg-type]
     cu = torch.tensor([0, 9], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seqlens"):
         attention.shard_batch({"input_ids": ids}, cu_seqlens=cu)

@@ -87,6 +87,30 @@ class Layout:
         return ranks, rows
 
 
+def joined(*layouts: Layout) -> Layout:
+    """The layout of sequences that are cut one by one and put end to end on each rank, as text and image of joint attention.
+
+    Positions are those of the sequences end to end: the second one's begin where the first one ends.
+
+    Args:
+        layouts: of one number of ranks and one stride.
+
+    Raises:
+        ValueError: none, or of several numbers of ranks or strides.
+
+    Example:
+        >>> joined(contiguous(4, 2), contiguous(6, 2)).positions(1)
+        array([2, 3, 7, 8, 9])
+    """
+    kinds = {(each.world_size, each.stride) for each in layouts}
+    if len(kinds) != 1:
+        raise ValueError(f"layouts of {sorted(kinds)} ranks and strides: give some of one number of ranks and one stride")
+    ((world_size, stride),) = kinds
+    start = np.cumsum([0, *(each.length for each in layouts)])
+    runs = [each.runs + np.array([0, at, 0]) for each, at in zip(layouts, start[:-1], strict=True)]
+    return Layout(np.concatenate(runs), int(start[-1]), world_size, stride)
+
+
 def contiguous(length: int, world_size: int, cu_seqlens: np.ndarray | None = None) -> Layout:
     """Rank `r` holds chunk `r` of `world_size`, cut as ``torch.chunk`` cuts; `cu_seqlens` is not looked at."""
     chunk = -(-length // world_size)

@@ -29,6 +29,9 @@ FAMILIES = frozenset(
 HEADS = ("ForCausalLM", "LMHeadModel")
 """How classes end whose loss is that of the next token; a model without a head has none."""
 
+POOLED = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")
+"""How classes end whose head looks at one token of a row, or compares all."""
+
 SCORED = ("position_bias", "indices", "block_indices", "sinks", "head_mask")
 """What some layers pass that changes scores, and that has no meaning here."""
 
@@ -41,9 +44,13 @@ def check_model(model: Any, any_model: bool) -> None:
 
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     name = type(model).__name__
+    if getattr(model.config, "get_text_config", lambda: model.config)() is not model.config:
+        raise NotImplementedError(f"{name} has parts with attentions of their own: {_PARTS}")
+    if name.endswith(POOLED):
+        raise NotImplementedError(f"{name} looks at one token of all, which one rank has: {_POOLED}")
     if not any_model:
         check_family(model.config)
-        if not name.endswith(HEADS) and getattr(model, "base_model", None) is not model:
+        if own_labels(model):
             raise NotImplementedError(f"{name}: its loss may look at other tokens than the next; {_OPEN}")
     for part in model.modules():
         if isinstance(part, transformers.PreTrainedModel):
@@ -55,6 +62,13 @@ def check_model(model: Any, any_model: bool) -> None:
                 )
 
 
+def own_labels(model: Any) -> str:
+    """The class of a model with a head whose labels are not those of the next token, else nothing."""
+    model = getattr(model, "_orig_mod", model)
+    name = type(model).__name__
+    return "" if name.endswith(HEADS) or getattr(model, "base_model", None) is model else name
+
+
 def check_family(config: Any) -> None:
     """NotImplementedError unless models of a config were compared."""
     if (family := getattr(config, "model_type", None)) not in FAMILIES:
@@ -63,6 +77,11 @@ def check_family(config: Any) -> None:
 
 _WEIGHTS = "output_attentions: attention weights are never in memory here; take 'eager' to look at them"
 _ROUTERS = "output_router_logits: the routers' loss is of all tokens together; switch it off"
+_PARTS = (
+    "apply it to the part whose tokens are cut, model.model.language_model in most, and cut inputs_embeds (docs/transformers.md, "
+    "'Images beside text')"
+)
+_POOLED = "take the model under it, and the loss at the token that counts (docs/transformers.md, 'Other heads')"
 _OPEN = "where only attention looks at other tokens, pass any_model=True, and compare"
 
 
@@ -76,6 +95,8 @@ def check_config(config: Any, world_size: int) -> None:
         raise NotImplementedError(_ROUTERS)
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError("encoders with decoders: their tokens are cut apart")
+    if world_size > 1 and getattr(config, "use_bidirectional_attention", None) is True:
+        raise NotImplementedError("use_bidirectional_attention: the model's mask says who sees whom, not its layers")
     if world_size > 1 and (kinds := _rope_types(config) & {"dynamic", "longrope"}):
         raise NotImplementedError(f"RoPE of {sorted(kinds)}: each rank would take its frequencies by its own last position")
 

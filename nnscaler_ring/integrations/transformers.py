@@ -13,7 +13,6 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from hashlib import sha256
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -27,12 +26,23 @@ from ..context import ContextParallel
 from ..core.agree import asked, check_alike
 from ..core.call import announced, host_table
 from ..core.layouts import looks_at_documents
-from ..core.mask import check_cu_seqlens
 from ..core.transport import transport_of
 from . import families
-
-IGNORED = -100
-"""The label of a token without a loss."""
+from .batches import (
+    IGNORED,
+    PARTS,
+    ROWS,
+    TOKENS,
+    TOLD,
+    alike,
+    boundaries,
+    check_batch,
+    check_numbers,
+    check_order,
+    content_of,
+    next_labels,
+    starts,
+)
 
 REMEMBERED = 16
 """Tensors that told of documents and are remembered, two a batch of `shard_batch`."""
@@ -56,6 +66,14 @@ class _Applied:
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+
+class _Told(NamedTuple):
+    """What a tensor said of documents, and whether it is one that `Attention.shard_batch` made."""
+
+    by: Tensor
+    cu_seqlens: Tensor
+    ours: bool
 
 
 class Attention:
@@ -88,6 +106,7 @@ class Attention:
         self.name = name
         self.any_model = any_model
         self._padded = False
+        self._head = ""  # of a model that was given this, where its labels are of their own tokens
         self._applied = _Applied(name, str(target._recipe) if isinstance(target, ContextParallel) else repr(target))
         self._known: OrderedDict[tuple[Any, ...], _Told] = OrderedDict()
         register(name, self, refuse_masks)
@@ -114,6 +133,7 @@ class Attention:
         self._check_name()
         families.check_model(model, self.any_model)
         families.check_config(model.config, self._world_size)
+        self._head = families.own_labels(model)
         if hasattr(model, "set_attn_implementation"):
             model.set_attn_implementation(self.name)
         else:  # before 4.53
@@ -131,6 +151,11 @@ class Attention:
             self._refuse_name()
 
     def _refuse_name(self) -> NoReturn:
+        if registered(self.name)[0] is None:
+            raise ValueError(
+                "an Attention that another process made: a loader's workers must be forked "
+                "(multiprocessing_context='fork'), or num_workers=0"
+            )
         raise ValueError(f"another Attention was made under the name {self.name!r}: give each a name=")
 
     def __call__(
@@ -170,7 +195,7 @@ class Attention:
             self._refuse_name()
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         first = getattr(module, "layer_idx", None) == 0
-        if first and not self.any_model:
+        if not (self.any_model or getattr(module, "layer_idx", None)):  # layers that have no number are all asked
             families.check_family(module.config)
         if first:
             families.check_config(module.config, self._world_size)
@@ -214,7 +239,7 @@ class Attention:
         said = cu_seqlens if position_ids is None else position_ids
         if said is None:
             if self._world_size > 1:
-                raise ValueError(f"the model does not tell attention which tokens these are. {_TOLD}")
+                raise ValueError(f"the model does not tell attention which tokens these are. {TOLD}")
             return None, None
         known = self._known.get(key := _identity(said))
         if known is None or (first and not known.ours):
@@ -252,19 +277,19 @@ class Attention:
     def _read(self, position_ids: Tensor, tokens: int, cu_seqlens: Tensor | None) -> Tensor:
         """Boundaries of the documents: from the positions of all ranks' tokens, or those given, which must fit the positions."""
         if position_ids.dim() != 2 or position_ids.shape[1] != tokens:
-            raise NotImplementedError(f"position_ids of shape {tuple(position_ids.shape)} for {tokens} tokens. {_TOLD}")
+            raise NotImplementedError(f"position_ids of shape {tuple(position_ids.shape)} for {tokens} tokens. {TOLD}")
         cp = self.target
         if not isinstance(cp, ContextParallel) or cp.world_size == 1:
             if cu_seqlens is not None:
                 return cu_seqlens
             whole = position_ids.full_tensor() if isinstance(position_ids, DTensor) else position_ids
-            return torch.from_numpy(_starts(whole.cpu().numpy()))
+            return torch.from_numpy(starts(whole.cpu().numpy()))
         documents = None if cu_seqlens is None else self._told(cu_seqlens)
         length = None if cu_seqlens is None else int(cu_seqlens[-1])
         if length is None and tokens in cp._uneven:
             raise ValueError(
                 f"ranks have had different numbers of tokens, so {tokens} here may be of several lengths: pass cu_seq_lens_q, "
-                f"[0, S] for one sequence. {_TOLD}"
+                f"[0, S] for one sequence. {TOLD}"
             )
         row = cp.unshard(position_ids.contiguous(), 1, cu_seqlens=documents, seq_len=length).cpu().numpy()
         held = [cp._layout(row.shape[1], documents).positions(rank) for rank in range(cp.world_size)]
@@ -272,22 +297,30 @@ class Attention:
         if all((row[0][at] == np.arange(len(at))).all() for at in held) and not {int(at[0]) for at in held} <= begins:
             raise ValueError(_UNTOLD.format(tokens - 1))
         if cu_seqlens is None:
-            return torch.from_numpy(_starts(row))
-        _check_order(row, cu_seqlens.numpy())
+            return torch.from_numpy(starts(row))
+        check_order(row, cu_seqlens.numpy())
         return cu_seqlens
 
     def shard_batch(
-        self, batch: Mapping[str, Any], cu_seqlens: Tensor | None = None, device: torch.device | str | None = None
+        self,
+        batch: Mapping[str, Any],
+        cu_seqlens: Tensor | None = None,
+        device: torch.device | str | None = None,
+        *,
+        shift_labels: bool = True,
     ) -> dict[str, Any]:
         """This rank's part of a batch that every rank has whole.
 
         Args:
-            batch: ``input_ids`` or ``inputs_embeds`` ``[B, S(, ...)]``, and where there are any ``position_ids`` ``[B or 1, S]``,
-                which begin at 0 in each document; ``cu_seq_lens_q``; ``attention_mask`` ``[B, S]`` of ones, or with padding at the
-                end where attention is causal; ``labels`` ``[B, S]``, unshifted, -100 for none; ``num_items_in_batch``, tokens with
-                a loss of all the batches that make a step. What is no tensor is passed on.
+            batch: ``input_ids`` ``[B, S]`` or ``inputs_embeds`` ``[B, S, features]``, and where there are any ``position_ids``
+                ``[B or 1, S]``, which begin at 0 in each document, or ``[kinds, B or 1, S]``, as of text, height and width, which
+                do not tell of documents; ``cu_seq_lens_q``; ``attention_mask`` ``[B, S]`` of ones, or with padding at the end
+                where attention is causal; ``labels`` ``[B, S]``, unshifted, -100 for none; ``num_items_in_batch``, tokens with a
+                loss of all the batches that make a step. What is no tensor is passed on; ``seq_idx`` is not.
             cu_seqlens: int32 boundaries of documents packed in the row ``[0, ..., S]``; what the batch says where None.
             device: of the result; that of the batch where None.
+            shift_labels: labels are those of the next token; False for a head whose labels are of their own tokens. The result
+                then has no ``labels``: `next_token_loss` is the loss.
 
         Returns:
             The batch for the model: shards, with ``position_ids`` and ``cu_seq_lens_q`` (of the whole row). With labels also
@@ -311,15 +344,16 @@ class Attention:
             raise ValueError(f"{self!r} takes whole batches: pass it a ContextParallel to cut them")
         self._check_name()
         with announced(cp._recipe.group):
-            whole = _checked({name: x for name, x in batch.items() if x is not None})
+            whole = check_batch(batch)
             tokens = whole[next(name for name in TOKENS if name in whole)]
             length = tokens.shape[1]
             if cu_seqlens is not None and "cu_seq_lens_q" in whole:
                 raise ValueError("cu_seq_lens_q in the batch and cu_seqlens: give one")
-            if "cu_seq_lens_k" in whole and not _alike(whole["cu_seq_lens_k"], whole.get("cu_seq_lens_q", cu_seqlens)):
+            if "cu_seq_lens_k" in whole and not alike(whole["cu_seq_lens_k"], whole.get("cu_seq_lens_q", cu_seqlens)):
                 raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: tokens see their own documents; give one")
             mask, positions, items = (whole.get(name) for name in ("attention_mask", "position_ids", "num_items_in_batch"))
-            cu = _boundaries(whole.get("cu_seq_lens_q", cu_seqlens), positions, length)
+            cu = boundaries(whole.get("cu_seq_lens_q", cu_seqlens), positions, length)
+            check_numbers(whole.get("seq_idx"), cu)
             table = torch.from_numpy(cu)
             documents = self._told(table)
             counts = cp._layout(length, documents).counts
@@ -327,9 +361,16 @@ class Attention:
                 raise ValueError(
                     f"a row of {length} tokens gives the ranks {counts.tolist()}: models take one or more each; pad it at its end"
                 )
-            following = None if "labels" not in whole else _next_labels(whole["labels"], cu, mask)
+            wanted = whole.get("labels")
+            if wanted is not None and shift_labels:
+                if self._head:
+                    raise ValueError(
+                        f"labels of {self._head} are of their own tokens: pass shift_labels=False, and take "
+                        "next_token_loss(logits, batch) for the loss"
+                    )
+                wanted = next_labels(wanted, cu, mask)
         if asked():
-            facts: dict[str, object] = {f"{name} of the batch": _content(whole.get(name)) for name in (*TOKENS, *ROWS)}
+            facts: dict[str, object] = {f"{name} of the batch": content_of(whole.get(name)) for name in (*TOKENS, *ROWS)}
             facts |= {"the boundaries of the documents": cu.tolist(), "num_items_in_batch": None if items is None else float(items)}
             check_alike(transport_of(cp._recipe.group), "what cuts a batch", facts, torch.device("cpu"))
         self._padded |= mask is not None and not bool(mask.all())
@@ -338,82 +379,19 @@ class Attention:
         own = (
             cp.position_ids(length, cu_seqlens=documents).unsqueeze(0)
             if positions is None
-            else cp.shard(positions, 1, cu_seqlens=documents)
+            else cp.shard(positions, positions.dim() - 1, cu_seqlens=documents)
         )
         out["position_ids"] = _counted(own.to(tokens.device if device is None else device))
         self._remember(out["position_ids"], table, ours=True)
         out["cu_seq_lens_q"] = out["cu_seq_lens_k"] = _counted(table.to(torch.int32))
         self._remember(out["cu_seq_lens_q"], table, ours=True)
-        if following is not None:
-            out["shift_labels"] = cp.shard(following, 1, cu_seqlens=documents).to(device)
-            if _takes_shift_labels():
+        if wanted is not None:
+            out["shift_labels"] = cp.shard(wanted, 1, cu_seqlens=documents).to(device)
+            if shift_labels and _takes_shift_labels():
                 out["labels"] = out["shift_labels"]
-            count = (following != IGNORED).sum() if items is None else items
+            count = (wanted != IGNORED).sum() if items is None else items
             out["num_items_in_batch"] = max(float(count), 1.0) / cp.world_size  # no tensor: mixed precision would round it
         return out
-
-
-TOKENS = ("input_ids", "inputs_embeds")
-ROWS = ("labels", "attention_mask", "position_ids")
-BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-PARTS = (*TOKENS, *ROWS, *BOUNDS, "num_items_in_batch")
-"""What `Attention.shard_batch` knows of a batch."""
-
-
-class _Told(NamedTuple):
-    """What a tensor said of documents, and whether it is one that `Attention.shard_batch` made."""
-
-    by: Tensor
-    cu_seqlens: Tensor
-    ours: bool
-
-
-def _checked(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch; ValueError where a tensor does not fit, or would have to be cut in a way that is not known here."""
-    if not batch.keys() & set(TOKENS):
-        raise ValueError(f"no input_ids or inputs_embeds among {sorted(batch)}")
-    if wrong := [name for name in (*TOKENS, *ROWS) if name in batch and not isinstance(batch[name], Tensor)]:
-        raise ValueError(f"{', '.join(wrong)}: give tensors")
-    tokens = batch[next(name for name in TOKENS if name in batch)]
-    others = [name for name, x in batch.items() if name not in (*TOKENS, *PARTS) and isinstance(x, Tensor) and x.dim()]
-    others += [name for name in ("logits_to_keep", "num_logits_to_keep") if name in batch]
-    others += ["output_router_logits"] * bool(batch.get("output_router_logits"))
-    if others:
-        raise ValueError(
-            f"{', '.join(others)}: not known here, and a model would take the whole for this rank's; leave it out, or cut it with "
-            "ContextParallel.shard and put it into the result"
-        )
-    for name in ROWS:
-        x = batch.get(name)
-        if x is not None and (x.dim() != 2 or x.shape[1] != tokens.shape[1] or x.shape[0] not in (1, tokens.shape[0])):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; give [B, S] for tokens {tuple(tokens.shape[:2])}")
-    if batch.get("labels", tokens).shape[0] != tokens.shape[0]:
-        raise ValueError(f"labels of {batch['labels'].shape[0]} rows for {tokens.shape[0]}")
-    mask = batch.get("attention_mask")
-    if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
-        raise ValueError("attention_mask with padding before tokens: pad at the end, or pack the documents into one row")
-    return batch
-
-
-def _content(x: Tensor | None) -> str | None:
-    """The same for tensors of one shape, dtype and content."""
-    if x is None:
-        return None
-    data = x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return f"{tuple(x.shape)} {x.dtype} {sha256(data).hexdigest()[:16]}"
-
-
-def _alike(one: Tensor, other: Tensor | None) -> bool:
-    return other is not None and one.tolist() == other.tolist()
-
-
-def _next_labels(labels: Tensor, cu: np.ndarray, mask: Tensor | None) -> Tensor:
-    """For each token the next one of its document, none at its end; ValueError for one that is predicted from padding."""
-    following = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].clone()
-    following[:, cu[1:] - 1] = IGNORED
-    if mask is not None and ((following != IGNORED) & (mask == 0)).any():
-        raise ValueError(f"labels on padding, which sees other tokens here: set them to {IGNORED}")
-    return following
 
 
 def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -452,67 +430,37 @@ def _counted(x: Tensor) -> Tensor:
         return x.clone() if x.is_inference() else x
 
 
-_TOLD = "Pass what shard_batch gives, positions of ContextParallel.position_ids, or cu_seq_lens_q, the documents' boundaries"
 _GENERATE = (
     "for generate() take another implementation, model.set_attn_implementation('sdpa'); a cache of a cut prompt has this rank's "
     "tokens alone: gather it first (docs/transformers.md, 'Prefill, then decode')"
 )
-_UNTOLD = f"position_ids are 0 .. {{}} on every rank, as a model counts where none are given. {_TOLD}; {_GENERATE}"
+_UNTOLD = f"position_ids are 0 .. {{}} on every rank, as a model counts where none are given. {TOLD}; {_GENERATE}"
 _NO_MASK = (
     "an attention_mask: whole rows and packed documents need none here; leave it out (shard_batch checks and drops it), pass "
     f"position_ids that begin anew in each document for packed rows; and call Attention.apply(model); {_GENERATE}"
 )
 
 
-def refuse_masks(*args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any) -> None:
+def refuse_masks(
+    *args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, mask_function: Any = None, **kwargs: Any
+) -> None:
     """In place of a mask, which no layer needs here: an error where one would say more than a layer's arguments do."""
     if attention_mask is not None:
         raise ValueError(_NO_MASK)
-    if use_vmap:
+    if use_vmap or (not torch.compiler.is_compiling() and _widened(mask_function)):  # a graph does not see what closures hold
         raise NotImplementedError("a mask function of the model's own, which its layers do not tell: take another implementation")
+
+
+def _widened(mask_function: Any) -> bool:
+    """A mask of transformers, which is functions in closures of functions, shows what the one that layers tell would hide."""
+    if getattr(mask_function, "__qualname__", "").startswith("or_masks"):
+        return True
+    held = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    return any(_widened(x) for each in held for x in (each if isinstance(each, (tuple, list)) else (each,)) if callable(x))
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     refuse_masks(attention_mask=args[0] if args else kwargs.get("attention_mask"))
-
-
-def _boundaries(cu_seqlens: Tensor | None, positions: Tensor | None, length: int) -> np.ndarray:
-    """Boundaries of the documents, int64 ``[0, ..., length]``."""
-    table = host_table("cu_seqlens", cu_seqlens)
-    if table is not None:
-        cu = check_cu_seqlens("cu_seqlens", table.numpy(), length)
-        if positions is not None and (begin := sorted(set(_starts(positions.cpu().numpy())) - set(cu.tolist()))):
-            raise ValueError(f"position_ids begin anew at {[int(at) for at in begin]}, where cu_seqlens has no boundary")
-        return cu
-    if positions is None:
-        return np.array([0, length])
-    return _starts(positions.cpu().numpy())
-
-
-def _check_order(positions: np.ndarray, cu_seqlens: np.ndarray) -> None:
-    """ValueError where positions fall inside a document, but for padding at its end, where all are alike.
-
-    These are then tokens in the order of another layout, or of documents that the boundaries miss.
-    """
-    inside = ~np.isin(np.arange(1, positions.shape[1]), cu_seqlens)
-    for row, at in zip(*np.nonzero((np.diff(positions, axis=1) < 0) & inside), strict=True):
-        rest = positions[row, at + 1 : cu_seqlens[np.searchsorted(cu_seqlens, at + 1, side="right")]]
-        if (rest != rest[0]).any():
-            raise ValueError(
-                f"position_ids fall from {positions[row, at]} to {rest[0]} inside a document of cu_seq_lens_q, at token {at + 1}: "
-                f"give tokens as the layout holds them, and all boundaries. {_TOLD}"
-            )
-
-
-def _starts(positions: np.ndarray) -> np.ndarray:
-    """The boundaries of the documents whose tokens have these positions, ``[B or 1, S]``."""
-    if positions.ndim != 2 or (positions != positions[:1]).any():
-        raise ValueError("position_ids must be [B or 1, S] with equal rows: pack all documents into one row")
-    row = positions[0]
-    jumps = np.flatnonzero(np.diff(row) != 1) + 1
-    if row[jumps].any():
-        raise ValueError(f"position_ids neither go on by 1 nor begin anew at 0. {_TOLD}")
-    return np.concatenate([[0], jumps, [len(row)]])
 
 
 def register(name: str, function: Callable[..., Any], mask: Callable[..., Any]) -> None:
