@@ -148,6 +148,7 @@ SIZES = {
     **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "experts_implementation": "eager", "sliding_window": 5},
     **{"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "rotary_dim": 4},
     **{"query_pre_attn_scalar": 8, "bos_token_id": 1, "eos_token_id": 2, "shared_intermediate_size": 24},
+    **{"vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "laurel_rank": 4},
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
 }
 
