@@ -260,7 +260,7 @@ def biased(*shape: int) -> dict[str, Tensor]:
 
 REFUSED = [
     Refused(q=[R], k=[SEQ]),
-    Refused(q=[SEQ], k=[R]),
+    Refused(q=[SEQ], k=[R], words=["Allowed on each axis", "redistribute k, v to be cut alike"]),
     Refused(q=[SEQ], k=[SEQ], v=[R]),
     Refused(q=[SEQ], k=[HEADS], shape=ALL_HEADS),
     Refused(q=[BATCH], k=[SEQ]),

@@ -132,9 +132,10 @@ def _name(spec: OpSpec, axis: int, placements: Sequence[Placement], single_key_h
     heads_q = _cuts(placements[0], spec.place("q", "heads"))
     if heads_q and single_key_head and all(isinstance(p, Replicate) for p in placements[1:]):
         return "heads"
+    whole = [name for name, p in zip("qkv", placements, strict=True) if isinstance(p, Replicate)]
     raise ValueError(
         f"{spec.name}: placements q {placements[0]}, k {placements[1]}, v {placements[2]} on mesh axis {axis} are not allowed. "
-        f"Allowed on each axis: {spec.describe()}"
+        f"Allowed on each axis: {spec.describe()}" + f"; redistribute {', '.join(whole)} to be cut alike" * bool(whole)
     )
 
 

@@ -168,6 +168,8 @@ def update_out_and_lse(
 ) -> tuple[Tensor, Tensor]:
     """Merge one block's result into the running result: ``out - sigmoid(block_lse - lse) * (out - block_out)``.
 
+    In place, so not differentiable: in training weigh the results by the softmax of their log-sum-exps.
+
     Args:
         out: running result ``[B, L, H, Dv]``, fp32 (float64 for float64 blocks); None at the first block. Updated in place.
         lse: its log-sum-exp, natural log, ``[B, L, H, 1]``; None at the first block. Updated in place.

@@ -15,16 +15,18 @@ from torch import nn
 
 FAMILIES = frozenset(
     {
-        *("apertus", "arcee", "bitnet", "cohere", "cohere2", "cwm", "deepseek_v2", "deepseek_v3"),
-        *("ernie4_5", "ernie4_5_moe", "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm"),
-        *("glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared"),
-        *("helium", "hunyuan_v1_dense", "internlm3", "llama", "minimax_m2", "ministral", "ministral3", "mistral"),
-        *("mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt"),
-        *("phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
-        *("starcoder2", "vaultgemma"),
+        *("afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "bitnet", "cohere", "cohere2"),
+        *("cohere2_moe", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "ernie4_5", "ernie4_5_moe", "exaone"),
+        *("exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm"),
+        *("glm4", "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite"),
+        *("granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hunyuan_v1_dense", "hy_v3"),
+        *("hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe", "laguna", "llama", "mellum", "mimo_v2_flash"),
+        *("minicpm3", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "nanochat"),
+        *("nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3"),
+        *("qwen3_moe", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu"),
     }
 )
-"""``config.model_type`` of the families that were compared, logits and gradients, on 2 ranks (transformers 5.23)."""
+"""``config.model_type`` of the families that were compared, logits and gradients, on 2 ranks (transformers 5.24)."""
 
 HEADS = ("ForCausalLM", "LMHeadModel")
 """How classes end whose loss is that of the next token; a model without a head has none."""
