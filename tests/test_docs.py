@@ -119,7 +119,7 @@ def test_example_on_one_and_on_two_processes(page: Path, tmp_path: Path) -> None
 
 def test_pages_on_two_processes(tmp_path: Path) -> None:
     path = tmp_path / "pages.py"
-    pages = [ROOT / "docs/dtensor.md", ROOT / "docs/groups.md", ROOT / "docs/serving.md"]
+    pages = [ROOT / f"docs/{page}.md" for page in ("dtensor", "groups", "serving", "bidirectional")]
     path.write_text("\n".join(block for page in pages for _, _, block in blocks(page, "python")))
     on_two(path)
 
