@@ -196,7 +196,7 @@ class Attention:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         first = getattr(module, "layer_idx", None) == 0
         if not (self.any_model or getattr(module, "layer_idx", None)):  # layers that have no number are all asked
-            families.check_family(module.config)
+            families.check_family(getattr(module, "config", None))
         if first:
             families.check_config(module.config, self._world_size)
         families.check_layer(module, kwargs, causal, sliding_window)
