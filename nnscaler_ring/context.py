@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import fields, replace
+from itertools import combinations
 from numbers import Integral
 from typing import Any
 
@@ -31,7 +32,7 @@ from .core.call import (
 )
 from .core.device import on_device
 from .core.layout import Layout
-from .core.layouts import looks_at_documents, name_of, needs_documents, shown
+from .core.layouts import length_of, looks_at_documents, name_of, needs_documents, shown
 from .core.mask import Mask, check_cu_seqlens
 from .core.recipe import Recipe, content, layout_of
 from .core.relayout import gather
@@ -72,6 +73,10 @@ def _warn_if_alone() -> None:
             "this process alone: call torch.distributed.init_process_group() or nnscaler_ring.launch.setup_mpi_distributed() first",
             stacklevel=3,
         )
+
+
+PARTS = 4
+"""Lengths of shards that are remembered until a call, to know parts that are put end to end."""
 
 
 class ContextParallel:
@@ -132,6 +137,7 @@ class ContextParallel:
         rank_in(name)  # the group is there, and this process in it; not kept, since another process may load what this one saves
         self._uneven: set[int] = set()  # lengths of shards that were given out where others had another
         self._lately_uneven = False  # some were given out since the last call: a graph is for one value, and looks at this alone
+        self._lately: dict[Layout, None] = {}  # the layouts of those that were given out since
         self._called = False  # since shards were given out, outside of a graph
         self._by_documents: bool | None = None  # and were cut by documents, where the layout may look at them
 
@@ -216,7 +222,11 @@ class ContextParallel:
         held = self._layout(_tokens(x, dim), host_table("cu_seqlens", cu_seqlens))
         self._by_documents = cu_seqlens is not None
         uneven = bool((held.counts != held.counts[0]).any())
-        self._lately_uneven, self._called = uneven or (self._lately_uneven and not self._called), False
+        if self._called:
+            self._lately_uneven, self._called, self._lately = False, False, {}
+        self._lately_uneven |= uneven
+        if len(self._lately) < PARTS:
+            self._lately[held] = None
         self._uneven |= set(held.counts.tolist()) if uneven else set()
         positions = held.positions(self.rank)
         return x.index_select(dim, on_device(positions, x.device))
@@ -230,7 +240,7 @@ class ContextParallel:
             x: this rank's tokens.
             dim: the dim of the tokens.
             cu_seqlens: boundaries of packed documents.
-            seq_len: `S`, where ranks hold different numbers of tokens; ``world_size * L`` where None.
+            seq_len: `S`, where ranks hold different numbers of tokens; that of a `Layout`, else ``world_size * L`` where None.
 
         Returns:
             ``[..., S, ...]``, of the dtype of `x`.
@@ -267,10 +277,18 @@ class ContextParallel:
     def _total(self, tokens: int, cu: Tensor | None, seq_len: int | None) -> int:
         if seq_len is not None:
             return seq_len
+        if (given := length_of(self._recipe.layout)) is not None:
+            return given
         if cu is not None:
             return int(check_cu_seqlens("cu_seqlens", cu.numpy(), None)[-1])
-        self._check_even(tokens, self._lately_uneven or tokens in self._uneven)  # or their sum: of parts put end to end
+        self._check_even(tokens, tokens in self._uneven or (self._lately_uneven and self._joined(tokens)))
         return tokens * self.world_size
+
+    def _joined(self, tokens: int) -> bool:
+        """Some rank has so many of shards given out lately, put end to end, an uneven one among them; alike on all ranks."""
+        counts = [each.counts for each in self._lately]
+        sums = (np.sum(some, axis=0) for n in range(2, len(counts) + 1) for some in combinations(counts, n))
+        return any((some != some[0]).any() and (some == tokens).any() for some in sums)
 
     def _check_even(self, tokens: int, uneven: bool) -> None:
         """ValueError where shards may be `uneven`: on every rank alike, where the lengths are not."""
@@ -300,9 +318,9 @@ class ContextParallel:
             cu_seqlens: int32 boundaries of packed documents ``[0, ..., S]``, the same in every batch row.
             options: ``window_size=(left, right)``; ``sinks``, the first tokens of each document seen from beyond the window;
                 ``prefix``, the first tokens of each document seen by earlier ones; ``seq_len``, `S` where ranks hold different
-                numbers of tokens, and ``seq_len_k`` where keys are not as many (aligned at the last token, in the same layout);
-                ``deterministic``; ``return_attn_probs``; and ``softcap``, ``alibi_slopes``, ``learnable_sink``, ``bias``,
-                ``dropout_p``, ``dropout_seed``, see `core.call.Options`.
+                numbers of tokens and the layout is no `Layout`, which knows it, and ``seq_len_k`` where keys are not as many
+                (aligned at the last token, in the same layout); ``deterministic``; ``return_attn_probs``; and ``softcap``,
+                ``alibi_slopes``, ``learnable_sink``, ``bias``, ``dropout_p``, ``dropout_seed``, see `core.call.Options`.
 
         Returns:
             out ``[B, L, Hq, Dv]``, or ``(out, softmax_lse, None)``.

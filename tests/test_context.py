@@ -89,6 +89,10 @@ def cut_ahead(rank: int, world_size: int) -> None:
     joint = torch.cat([text, image], 1)  # 9 tokens on rank 0, 7 on rank 1: no rank was given so many
     with pytest.raises(ValueError, match="pass seq_len"), no_communication():
         cp.attention(joint, joint, joint, "full")
+    for lengths in ((64, 77), (77, 64), (7, 64), (64, 61, 59)):  # what is even goes without, whatever else was cut
+        cp = ContextParallel()
+        even = {n: cp.shard(torch.randn(1, n, 2, 8), 1) for n in lengths}[64]
+        assert cp.unshard(cp.attention(even, even, even), 1).shape[1] == 64
 
 
 def test_shards_of_several_batches(ranks) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nnscaler_ring.core.layout import Layout, joined
-from nnscaler_ring.core.layouts import LAYOUTS, build, name_of
+from nnscaler_ring.core.layouts import LAYOUTS, build, length_of, name_of
 from nnscaler_ring.core.recipe import Recipe
 from tests import oracle
 from tests.shapes import WORLDS
@@ -179,7 +179,7 @@ def test_sequences_cut_one_by_one() -> None:
         )
         for mine, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(mine, theirs)
-    assert joined(text) == text
+    assert joined(text) == text and length_of(name_of(held)) == 37 and length_of("stripe") is None
     for wrong in ((), (text, build("stripe", 8, 2)), (text, build("zigzag", 8, 3))):
         with pytest.raises(ValueError, match="one number of ranks and one stride"):
             joined(*wrong)

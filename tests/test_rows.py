@@ -35,7 +35,7 @@ def test_the_work_of_a_team_is_shared_by_heads() -> None:
 def test_configurations_are_told_apart() -> None:
     every = [made(), made(inner=2), made(inner=3), made("all_to_all"), made("auto")]
     names = ["ring, 6 ranks", "ring, 6 ranks in teams of 2", "ring, 6 ranks in teams of 3", "all_to_all, 6 ranks"]
-    assert [row.title for row in every] == [f"contiguous, {name}" for name in (*names, "auto: ring, 6 ranks")]
+    assert [row.title for row in every] == [f"contiguous, {name}" for name in (*names, "auto: all_to_all, 6 ranks")]
     assert len({row.key for row in every}) == 5
     assert [line.split()[0] for line in table(every).splitlines()] == ["ranks", *"66666"]
 

@@ -137,6 +137,14 @@ def test_the_best_transport() -> None:
     assert best_transport(Mask([], 8), build("zigzag", 8, 8), odd, *gpu) == "halo"
 
 
+def test_the_best_transport_for_a_mask_of_many_slices() -> None:
+    """Each slice is a call, and all of them are one rank's where heads travel: block-causal video."""
+    frames = {n: Mask([(i, i + 32, 0, i + 32) for i in range(0, 32 * n, 32)], 32 * n) for n in (32, 256)}
+    held = {n: build("contiguous", 32 * n, 8) for n in frames}
+    shape, gpu = Shape(heads=12, heads_k=12), machine_of("cuda", 8)
+    assert [best_transport(frames[n], held[n], shape, *gpu) for n in frames] == ["all_to_all", "ring"]
+
+
 def test_auto_groups_the_forward_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where merges take longer than waits would: fewer of them forward, a ring backward, the same numbers."""
     slow = Speed("slow memory", 1e15, 1e15, 0.0, 1e9), Network("fast", 1e12, 0.0)

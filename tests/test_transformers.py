@@ -293,14 +293,15 @@ def test_models_that_would_be_wrong_are_refused() -> None:
         Attention(ContextParallel()).apply(
             transformers.GPT2DoubleHeadsModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2))
         )
-    for wrong, message, any_model in (
-        (transformers.LlamaForTokenClassification, "its loss may look at other tokens", False),
-        (transformers.LlamaForQuestionAnswering, "looks at one token of all", True),
-        (transformers.LlamaForSequenceClassification, "looks at one token of all", True),
-    ):
+    pooled = (transformers.LlamaForQuestionAnswering, transformers.LlamaForSequenceClassification)
+    for wrong in (*pooled, transformers.LlamaForTokenClassification):
         for model in (made := wrong(transformers.LlamaConfig(**SMALL)), torch.compile(made)):
-            with pytest.raises(NotImplementedError, match=message):
-                Attention(ContextParallel(), any_model=any_model).apply(model)
+            with pytest.raises(NotImplementedError, match="its loss may look at other tokens"):
+                Attention(ContextParallel()).apply(model)
+            Attention(ContextParallel(), any_model=True).apply(model)  # of one rank, which has all tokens
+            if wrong in pooled:
+                with pytest.raises(NotImplementedError, match="looks at one token of all"):
+                    families.check_model(model, any_model=True, world_size=2)
     Attention(ContextParallel()).apply(transformers.LlamaModel(transformers.LlamaConfig(**SMALL)))
     settings: list[tuple[str, dict[str, Any]]] = [
         ("conv", {"layer_types": ["conv", "full_attention"]}),

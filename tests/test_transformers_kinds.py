@@ -49,7 +49,7 @@ def of_tokens(rank: int, world_size: int) -> None:
     attention = Attention(ContextParallel(layout="zigzag"), "tokens", any_model=True)
     shared = attention.apply(classifier("Token"))
     batch = {"input_ids": ids, "labels": labels}
-    with pytest.raises(ValueError, match="LlamaForTokenClassification are of their own tokens: pass shift_labels=False"):
+    with pytest.raises(ValueError, match="LlamaForTokenClassification are of the tokens themselves: pass shift_labels=False"):
         attention.shard_batch(batch)
     batch = attention.shard_batch(batch, shift_labels=False)
     assert "labels" not in batch
@@ -63,6 +63,32 @@ def of_tokens(rank: int, world_size: int) -> None:
 
 def test_labels_of_their_own_tokens(ranks: Any) -> None:
     ranks(2).run(of_tokens)
+
+
+class Chat(transformers.LlamaForCausalLM):
+    pass
+
+
+class Tagger(transformers.LlamaForTokenClassification):
+    pass
+
+
+def test_whose_labels_are_shifted() -> None:
+    """Those of any model but of one that is known to have others; of two models under one name the batch says it."""
+    config, ids = transformers.LlamaConfig(**SMALL), torch.tensor([[1, 2, 3, 0, 0]])
+    batch = {"input_ids": ids, "labels": ids.masked_fill(ids == 0, -100), "attention_mask": (ids != 0).long()}
+    attention = Attention(ContextParallel(), "chat", any_model=True)
+    attention.apply(Chat(config))
+    assert attention.shard_batch(batch)["labels"].tolist() == [[2, 3, -100, -100, -100]]
+    attention.apply(Tagger(config))
+    attention.apply(Chat(config))
+    with pytest.raises(ValueError, match="labels of Tagger are of the tokens themselves"):
+        attention.shard_batch(batch)
+    assert attention.shard_batch(batch, shift_labels=True)["labels"].tolist() == [[2, 3, -100, -100, -100]]
+    assert attention.shard_batch(batch, shift_labels=False)["shift_labels"].tolist() == [[1, 2, 3, -100, -100]]
+    for shift in (True, False):
+        with pytest.raises(ValueError, match="labels on padding"):
+            attention.shard_batch({**batch, "labels": ids}, shift_labels=shift)
 
 
 def pooled(rank: int, world_size: int) -> None:
@@ -141,8 +167,23 @@ def test_masks_that_layers_do_not_tell_are_refused() -> None:
     for wrong in (blocks, masks.and_masks(blocks, packed), masks.remap_positions_for_packed_sequence(blocks, at)):
         with pytest.raises(NotImplementedError, match="a mask function of the model"):
             refuse_masks(mask_function=wrong)
-    for told in (causal, masks.and_masks(causal, packed), masks.sliding_window_causal_mask_function(3)):
+
+    def own(*at: Any) -> Any:
+        return own(*at) and late  # closures of itself, and of what is not there yet
+
+    for told in (causal, masks.and_masks(causal, packed), masks.sliding_window_causal_mask_function(3), own):
         refuse_masks(mask_function=told)
+    late = True
+
+
+def test_layers_without_a_number_are_of_a_family_too() -> None:
+    """As those of a vision tower, whose tokens are not the text's."""
+    attention, x = Attention(ContextParallel(), "tower"), torch.randn(1, 2, 4, 8)
+    layer = nn.Module()
+    for config in (transformers.CLIPVisionConfig(), None):
+        layer.config = config  # type: ignore[assignment]
+        with pytest.raises(NotImplementedError, match="have not been compared"):
+            attention(layer, x, x, x, None, cu_seq_lens_q=torch.tensor([0, 4], dtype=torch.int32))
 
 
 def test_what_goes_with_a_batch() -> None:
@@ -151,6 +192,9 @@ def test_what_goes_with_a_batch() -> None:
     ids = torch.arange(1, 7).unsqueeze(0)
     kinds = torch.stack([torch.arange(6)] * 3).unsqueeze(1)
     assert attention.shard_batch({"input_ids": ids, "position_ids": kinds})["position_ids"].equal(kinds)
+    image = torch.tensor([[0, 0, 0, 0, 2, 3], [0, 0, 1, 1, 2, 3], [0, 1, 0, 1, 2, 3]]).unsqueeze(1)  # an image first
+    padded = {"input_ids": ids, "position_ids": image * (ids < 6), "attention_mask": (ids < 6).long()}
+    assert attention.shard_batch(padded)["cu_seq_lens_q"].tolist() == [0, 6]
     cu, numbers = torch.tensor([0, 4, 6], dtype=torch.int32), torch.tensor([[0, 0, 0, 0, 1, 1]])
     kinds = kinds.where(kinds < 4, kinds - 4)
     batch = attention.shard_batch({"input_ids": ids, "position_ids": kinds, "seq_idx": numbers}, cu_seqlens=cu)

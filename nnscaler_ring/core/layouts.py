@@ -76,6 +76,18 @@ def name_of(layout: str | Layout) -> str:
     return _TABLE + base64.b64encode(table.astype(np.int64).tobytes()).decode()
 
 
+def length_of(name: str) -> int | None:
+    """The tokens that the layout called `name` holds, None for one of any length.
+
+    Example:
+        >>> length_of("zigzag"), length_of(name_of(zigzag(8, 2)))
+        (None, 8)
+    """
+    if not name.startswith(_TABLE):
+        return None
+    return int(np.frombuffer(base64.b64decode(name[1:33]), dtype=np.int64)[1])  # stride, length, ranks
+
+
 def shown(name: str) -> str:
     """The layout called `name` in words, for messages.
 

@@ -370,7 +370,8 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
     """``all_to_all`` if it clearly takes less time for both passes than moving keys and values as `plan.choose` says, else that.
 
     A ring hides its rows behind all calls but the first, a halo behind the calls on own rows, an exchange for heads behind nothing;
-    but it alone evens out the work of a layout that does not, as far as heads divide: the rank with most is waited for.
+    but it alone evens out the work of a layout that does not, as far as heads divide: the rank with most is waited for. What is
+    told of the exchange is its timeline; of the others, which take longer to plan, what they take at least.
 
     Example:
         >>> from nnscaler_ring.core import layout, mask
@@ -381,23 +382,25 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
     """
     world, rows = held.world_size, choose(mask, held, held)
     shares = deal(shape.heads, shape.heads_k, world)
-    most = max(share.q[1] - share.q[0] for share in shares) * world / shape.heads
+    busiest = replace(shape, heads=max(s.q[1] - s.q[0] for s in shares), heads_k=max(len(s.repeats) for s in shares))
     pairs, needed = rank_pairs(mask, held), rows_needed(mask, held, held)
     a_pair = shape.flops() / speed.forward + shape.flops(True) / speed.backward
     compute, mean = float(pairs.max()) * a_pair, float(pairs.mean()) * a_pair
     row = 2 * shape.row + shape.gradient_row  # keys and values twice, gradients once
     own = float((held.counts / np.maximum(held.counts + needed, 1)).min())  # of the keys that a rank reads
     hidden = mean * (own if rows == "halo" else (world - 1) / world)
-    busiest = float(np.maximum(needed, rows_given(mask, held, held)).max() if rows == "halo" else needed.max()) * row
-    around = float(sum(np.add(*head_bytes(shape, shares, held)).max(1)))
+    most = float(np.maximum(needed, rows_given(mask, held, held)).max() if rows == "halo" else needed.max()) * row
     steps = 0 if not needed.any() else 1 if rows == "halo" else world - 1
-    sent = busiest / network.bandwidth + 2 * steps * network.latency
-    times = {
-        rows: compute + 2 * (1 + steps) * speed.launch + max(0.0, sent - hidden),
-        ALL_TO_ALL: mean * most + 2 * speed.launch + around / network.bandwidth + 4 * network.latency,
-    }
-    return ALL_TO_ALL if times[ALL_TO_ALL] * CLEARLY < times[rows] else rows
+    sent = most / network.bandwidth + 2 * steps * network.latency
+    limit = (compute + 2 * (1 + steps) * speed.launch + max(0.0, sent - hidden)) / CLEARLY
+    around = [(int(before.max()), int(after.max())) for before, after in zip(*head_bytes(shape, shares, held), strict=True)]
+    if mean * busiest.heads * world / shape.heads + sum(map(sum, around)) / network.bandwidth >= limit:
+        return rows  # before anything is planned
+    whole = teams(held, world)
+    alone = plan(mask, whole, whole, choose(mask, whole, whole), 0)
+    times = [timeline(alone, busiest, speed, network, bool(n), around[n]).total for n in range(2)]
+    return ALL_TO_ALL if sum(times) < limit else rows
 
 
 CLEARLY = 1.1
-"""By how much a modelled time must be less: the model leaves out tiles, merges and copies."""
+"""By how much a modelled time must be less."""

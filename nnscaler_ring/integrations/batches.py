@@ -17,8 +17,8 @@ IGNORED = -100
 """The label of a token without a loss."""
 
 TOKENS = ("input_ids", "inputs_embeds")
-ROWS = ("labels", "attention_mask", "position_ids")
-BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+ROWS = ("labels", "attention_mask", "position_ids", "seq_idx")
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 PARTS = (*TOKENS, *ROWS, *BOUNDS, "num_items_in_batch")
 """What `Attention.shard_batch` knows of a batch."""
 
@@ -86,20 +86,22 @@ def alike(one: Tensor, other: Tensor | None) -> bool:
     return other is not None and one.tolist() == other.tolist()
 
 
-def next_labels(labels: Tensor, cu: np.ndarray, mask: Tensor | None) -> Tensor:
-    """For each token the next one of its document, none at its end; ValueError for one that is predicted from padding."""
-    following = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].clone()
-    following[:, cu[1:] - 1] = IGNORED
-    if mask is not None and ((following != IGNORED) & (mask == 0)).any():
+def labels_of(labels: Tensor, cu: np.ndarray, mask: Tensor | None, shifted: bool) -> Tensor:
+    """For each token the next one of its document, none at its end, or its own; ValueError for one of padding."""
+    if shifted:
+        labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].clone()
+        labels[:, cu[1:] - 1] = IGNORED
+    if mask is not None and ((labels != IGNORED) & (mask == 0)).any():
         raise ValueError(f"labels on padding, which sees other tokens here: set them to {IGNORED}")
-    return following
+    return labels
 
 
-def boundaries(cu_seqlens: Tensor | None, positions: Tensor | None, length: int) -> np.ndarray:
+def boundaries(cu_seqlens: Tensor | None, positions: Tensor | None, length: int, mask: Tensor | None = None) -> np.ndarray:
     """Boundaries of the documents, int64 ``[0, ..., length]``; of positions ``[kinds, B, S]`` only given ones, or one document."""
     table = host_table("cu_seqlens", cu_seqlens)
     if positions is not None and positions.dim() == 3:
-        begin = (positions == 0).all(0).any(0).nonzero().flatten().tolist()
+        begins = (positions == 0).all(0) if mask is None else (positions == 0).all(0) & (mask != 0)
+        begin = begins.any(0).nonzero().flatten().tolist()
         if table is None and begin not in ([], [0]):
             raise ValueError(f"position_ids of several kinds begin anew at tokens {begin}: give cu_seqlens")
         positions = None
@@ -117,7 +119,7 @@ def check_numbers(seq_idx: Tensor | None, cu_seqlens: np.ndarray) -> None:
     """ValueError where the numbers of the documents, ``[B or 1, S]``, change inside one."""
     if seq_idx is None:
         return
-    changes = {int(at) + 1 for at in (seq_idx[..., 1:] != seq_idx[..., :-1]).reshape(-1, seq_idx.shape[-1] - 1).any(0).nonzero()}
+    changes = {int(at) + 1 for at in (seq_idx[:, 1:] != seq_idx[:, :-1]).any(0).nonzero()}
     if inside := sorted(changes - set(cu_seqlens.tolist())):
         raise ValueError(f"seq_idx changes at {inside}, where the documents have no boundary: give cu_seqlens, or position_ids")
 

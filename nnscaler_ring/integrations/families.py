@@ -31,6 +31,9 @@ FAMILIES = frozenset(
 HEADS = ("ForCausalLM", "LMHeadModel")
 """How classes end whose loss is that of the next token; a model without a head has none."""
 
+OWN_LABELS = ("ForTokenClassification", "ForMaskedLM")
+"""How classes end whose labels are those of the tokens themselves."""
+
 POOLED = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice")
 """How classes end whose head looks at one token of a row, or compares all."""
 
@@ -40,19 +43,19 @@ SCORED = ("position_bias", "indices", "block_indices", "sinks", "head_mask")
 ATTENTION = {"full_attention", "sliding_attention"}
 
 
-def check_model(model: Any, any_model: bool) -> None:
+def check_model(model: Any, any_model: bool, world_size: int) -> None:
     """NotImplementedError for a model that does not ask for attention by name, or that nobody has compared."""
     import transformers
 
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     name = type(model).__name__
-    if getattr(model.config, "get_text_config", lambda: model.config)() is not model.config:
+    if world_size > 1 and getattr(model.config, "get_text_config", lambda: model.config)() is not model.config:
         raise NotImplementedError(f"{name} has parts with attentions of their own: {_PARTS}")
-    if name.endswith(POOLED):
+    if world_size > 1 and name.endswith(POOLED):
         raise NotImplementedError(f"{name} looks at one token of all, which one rank has: {_POOLED}")
     if not any_model:
         check_family(model.config)
-        if own_labels(model):
+        if not name.endswith(HEADS) and getattr(model, "base_model", None) is not model:
             raise NotImplementedError(f"{name}: its loss may look at other tokens than the next; {_OPEN}")
     for part in model.modules():
         if isinstance(part, transformers.PreTrainedModel):
@@ -65,10 +68,9 @@ def check_model(model: Any, any_model: bool) -> None:
 
 
 def own_labels(model: Any) -> str:
-    """The class of a model with a head whose labels are not those of the next token, else nothing."""
-    model = getattr(model, "_orig_mod", model)
-    name = type(model).__name__
-    return "" if name.endswith(HEADS) or getattr(model, "base_model", None) is model else name
+    """The class of a model with a head whose labels are of the tokens themselves, else nothing."""
+    made = type(getattr(model, "_orig_mod", model))
+    return made.__name__ if any(each.__name__.endswith(OWN_LABELS) for each in made.__mro__) else ""
 
 
 def check_family(config: Any) -> None:

@@ -40,7 +40,7 @@ from .batches import (
     check_numbers,
     check_order,
     content_of,
-    next_labels,
+    labels_of,
     starts,
 )
 
@@ -106,7 +106,7 @@ class Attention:
         self.name = name
         self.any_model = any_model
         self._padded = False
-        self._head = ""  # of a model that was given this, where its labels are of their own tokens
+        self._head = ""  # the class of a model that was given this and whose labels are of their own tokens
         self._applied = _Applied(name, str(target._recipe) if isinstance(target, ContextParallel) else repr(target))
         self._known: OrderedDict[tuple[Any, ...], _Told] = OrderedDict()
         register(name, self, refuse_masks)
@@ -131,9 +131,9 @@ class Attention:
             ValueError: another `Attention` was made under this name since.
         """
         self._check_name()
-        families.check_model(model, self.any_model)
+        families.check_model(model, self.any_model, self._world_size)
         families.check_config(model.config, self._world_size)
-        self._head = families.own_labels(model)
+        self._head = families.own_labels(model) or self._head
         if hasattr(model, "set_attn_implementation"):
             model.set_attn_implementation(self.name)
         else:  # before 4.53
@@ -307,7 +307,7 @@ class Attention:
         cu_seqlens: Tensor | None = None,
         device: torch.device | str | None = None,
         *,
-        shift_labels: bool = True,
+        shift_labels: bool | None = None,
     ) -> dict[str, Any]:
         """This rank's part of a batch that every rank has whole.
 
@@ -319,8 +319,8 @@ class Attention:
                 loss of all the batches that make a step. What is no tensor is passed on; ``seq_idx`` is not.
             cu_seqlens: int32 boundaries of documents packed in the row ``[0, ..., S]``; what the batch says where None.
             device: of the result; that of the batch where None.
-            shift_labels: labels are those of the next token; False for a head whose labels are of their own tokens. The result
-                then has no ``labels``: `next_token_loss` is the loss.
+            shift_labels: labels become those of the next token, also where None; False for a head whose labels are of the tokens
+                themselves. The result then has no ``labels``: `next_token_loss` is the loss.
 
         Returns:
             The batch for the model: shards, with ``position_ids`` and ``cu_seq_lens_q`` (of the whole row). With labels also
@@ -352,7 +352,7 @@ class Attention:
             if "cu_seq_lens_k" in whole and not alike(whole["cu_seq_lens_k"], whole.get("cu_seq_lens_q", cu_seqlens)):
                 raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: tokens see their own documents; give one")
             mask, positions, items = (whole.get(name) for name in ("attention_mask", "position_ids", "num_items_in_batch"))
-            cu = boundaries(whole.get("cu_seq_lens_q", cu_seqlens), positions, length)
+            cu = boundaries(whole.get("cu_seq_lens_q", cu_seqlens), positions, length, mask)
             check_numbers(whole.get("seq_idx"), cu)
             table = torch.from_numpy(cu)
             documents = self._told(table)
@@ -362,13 +362,13 @@ class Attention:
                     f"a row of {length} tokens gives the ranks {counts.tolist()}: models take one or more each; pad it at its end"
                 )
             wanted = whole.get("labels")
-            if wanted is not None and shift_labels:
-                if self._head:
-                    raise ValueError(
-                        f"labels of {self._head} are of their own tokens: pass shift_labels=False, and take "
-                        "next_token_loss(logits, batch) for the loss"
-                    )
-                wanted = next_labels(wanted, cu, mask)
+            if wanted is not None and shift_labels is None and self._head:
+                raise ValueError(
+                    f"labels of {self._head} are of the tokens themselves: pass shift_labels=False, and take "
+                    "next_token_loss(logits, batch) for the loss; for another model that was given this, shift_labels=True"
+                )
+            if wanted is not None:
+                wanted = labels_of(wanted, cu, mask, shift_labels is not False)
         if asked():
             facts: dict[str, object] = {f"{name} of the batch": content_of(whole.get(name)) for name in (*TOKENS, *ROWS)}
             facts |= {"the boundaries of the documents": cu.tolist(), "num_items_in_batch": None if items is None else float(items)}
@@ -387,7 +387,7 @@ class Attention:
         self._remember(out["cu_seq_lens_q"], table, ours=True)
         if wanted is not None:
             out["shift_labels"] = cp.shard(wanted, 1, cu_seqlens=documents).to(device)
-            if shift_labels and _takes_shift_labels():
+            if shift_labels is not False and _takes_shift_labels():
                 out["labels"] = out["shift_labels"]
             count = (wanted != IGNORED).sum() if items is None else items
             out["num_items_in_batch"] = max(float(count), 1.0) / cp.world_size  # no tensor: mixed precision would round it
@@ -451,12 +451,17 @@ def refuse_masks(
         raise NotImplementedError("a mask function of the model's own, which its layers do not tell: take another implementation")
 
 
-def _widened(mask_function: Any) -> bool:
+def _widened(mask_function: Any, seen: frozenset[int] = frozenset()) -> bool:
     """A mask of transformers, which is functions in closures of functions, shows what the one that layers tell would hide."""
+    if id(mask_function) in seen:
+        return False
     if getattr(mask_function, "__qualname__", "").startswith("or_masks"):
         return True
-    held = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
-    return any(_widened(x) for each in held for x in (each if isinstance(each, (tuple, list)) else (each,)) if callable(x))
+    held, seen = [], seen | {id(mask_function)}
+    for cell in getattr(mask_function, "__closure__", None) or ():
+        with suppress(ValueError):  # it is empty
+            held.append(cell.cell_contents)
+    return any(_widened(x, seen) for each in held for x in (each if isinstance(each, (tuple, list)) else (each,)) if callable(x))
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
