@@ -137,7 +137,7 @@ class ContextParallel:
         rank_in(name)  # the group is there, and this process in it; not kept, since another process may load what this one saves
         self._uneven: set[int] = set()  # lengths of shards that were given out where others had another
         self._lately_uneven = False  # some were given out since the last call: a graph is for one value, and looks at this alone
-        self._lately: dict[Layout, None] = {}  # the layouts of those that were given out since
+        self._lately: list[Layout] = []  # the last layouts of those that were given out since
         self._called = False  # since shards were given out, outside of a graph
         self._by_documents: bool | None = None  # and were cut by documents, where the layout may look at them
 
@@ -223,10 +223,9 @@ class ContextParallel:
         self._by_documents = cu_seqlens is not None
         uneven = bool((held.counts != held.counts[0]).any())
         if self._called:
-            self._lately_uneven, self._called, self._lately = False, False, {}
+            self._lately_uneven, self._called, self._lately = False, False, []
         self._lately_uneven |= uneven
-        if len(self._lately) < PARTS:
-            self._lately[held] = None
+        self._lately = [*(each for each in self._lately if each != held), held][-PARTS:]
         self._uneven |= set(held.counts.tolist()) if uneven else set()
         positions = held.positions(self.rank)
         return x.index_select(dim, on_device(positions, x.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,19 @@ import numpy as np
 from .core.layout import Layout
 from .core.mask import Mask
 from .core.plan import ALL_TO_ALL, plan
-from .core.scaling import NETWORKS, SPEEDS, Report, Shape, Timeline, best_transport, head_bytes, rank_pairs, report, timeline
+from .core.scaling import (
+    NETWORKS,
+    SPEEDS,
+    Report,
+    Shape,
+    Timeline,
+    best_transport,
+    most_head_bytes,
+    of_busiest,
+    rank_pairs,
+    report,
+    timeline,
+)
 from .core.steps import Message, RankPlan, among
 from .core.teams import deal, teams
 from .pictures import Column, figures, tokens
@@ -100,11 +112,9 @@ class Row:
     def passes(self, rank: int) -> tuple[Timeline, Timeline]:
         """The forward and backward pass of a rank, as `scaling.report` models the slowest: with the heads of who has most."""
         shares = deal(self.shape.heads, self.shape.heads_k, self.made.inner)
-        most = {"heads": max(s.q[1] - s.q[0] for s in shares), "heads_k": max(len(s.repeats) for s in shares)}
-        machine = (replace(self.shape, **most), SPEEDS[self.speed], NETWORKS[self.network])
+        machine = (of_busiest(self.shape, shares), SPEEDS[self.speed], NETWORKS[self.network])
         walk, back = (self.team_plan(rank // self.made.inner, backward) for backward in (False, True))
-        around = head_bytes(self.shape, shares, self.held)
-        first, last = ((int(before.max()), int(after.max())) for before, after in zip(*around, strict=True))
+        first, last = most_head_bytes(self.shape, shares, self.held)
         return timeline(walk, *machine, False, first), timeline(back, *machine, True, last)
 
     def column(self, rank: int | None = None) -> Column:

@@ -85,7 +85,7 @@ def cut_ahead(rank: int, world_size: int) -> None:
             call()
     assert cp.unshard(first, 1, seq_len=13).shape[1] == 13
     assert cp.unshard(cp.shard(torch.randn(1, 32, 2, 8), 1), 1).shape[1] == 32, "of a length that never was one of several"
-    text, image = (cp.shard(torch.randn(1, n, 2, 8), 1) for n in (7, 9))
+    *_, text, image = (cp.shard(torch.randn(1, n, 2, 8), 1) for n in (64, 66, 68, 70, 7, 9))
     joint = torch.cat([text, image], 1)  # 9 tokens on rank 0, 7 on rank 1: no rank was given so many
     with pytest.raises(ValueError, match="pass seq_len"), no_communication():
         cp.attention(joint, joint, joint, "full")

@@ -51,17 +51,21 @@ def has(family: str) -> bool:
     return hasattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")
 
 
-def build(family: str, implementation: str = "eager", **changes: Any) -> Any:
-    """A model in float64 whose every weight says something; the same on every rank and for every implementation."""
-    name, more = FAMILIES[family]
-    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(**{**SMALL, **more, **changes})
-    config._attn_implementation = implementation
-    model = getattr(transformers, f"{name}ForCausalLM")(config).double()
+def filled(model: Any) -> Any:
+    """With weights of float64 that all say something, the same each time."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for x in model.parameters():
             x.copy_(torch.randn(x.shape, generator=generator, dtype=torch.float64) * 0.3)
     return model
+
+
+def build(family: str, implementation: str = "eager", **changes: Any) -> Any:
+    """A model in float64 whose every weight says something; the same on every rank and for every implementation."""
+    name, more = FAMILIES[family]
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(**{**SMALL, **more, **changes})
+    config._attn_implementation = implementation
+    return filled(getattr(transformers, f"{name}ForCausalLM")(config).double())
 
 
 def packed_row(documents: tuple[int, ...] = DOCUMENTS) -> dict[str, Tensor]:
@@ -161,12 +165,7 @@ def of_family(family: str) -> Any:
     known = set(vars(kind())) | {"experts_implementation"}
     sizes = {name: value for name, value in SIZES.items() if name in known}
     config = kind(**sizes | ({"num_key_value_heads": 4} if "kv_lora_rank" in known else {}))  # MLA
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for x in model.parameters():
-            x.copy_(torch.randn(x.shape, generator=generator, dtype=torch.float64) * 0.3)
-    return model
+    return filled(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval())
 
 
 def compared(rank: int, world_size: int, family: str) -> None:

@@ -12,17 +12,9 @@ from torch.torch_version import TorchVersion
 
 from nnscaler_ring import ContextParallel
 from nnscaler_ring.integrations.transformers import Attention, next_token_loss, refuse_masks
-from tests.test_transformers import SMALL, close, packed_row, transformers
+from tests.test_transformers import SMALL, close, filled, packed_row, transformers
 
 pytestmark = pytest.mark.skipif(TorchVersion(transformers.__version__) < "5", reason="needs transformers >= 5")
-
-
-def filled(model: Any) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for x in model.parameters():
-            x.copy_(torch.randn(x.shape, generator=generator, dtype=torch.float64) * 0.3)
-    return model
 
 
 def classifier(kind: str) -> Any:
@@ -30,8 +22,13 @@ def classifier(kind: str) -> Any:
     return filled(getattr(transformers, f"LlamaFor{kind}Classification")(config).double().eval())
 
 
-def same_gradients(shared: Any, model: Any, world_size: int) -> None:
-    """The mean of the ranks' is one device's."""
+def same(loss: Tensor, want: Tensor, shared: Any, model: Any, world_size: int) -> None:
+    """The means of the ranks' losses and gradients are one device's."""
+    loss.backward()
+    want.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    close("loss", total / world_size, want.detach())
     for (name, x), other in zip(shared.named_parameters(), model.parameters(), strict=True):
         grad = torch.zeros_like(x) if x.grad is None else x.grad
         dist.all_reduce(grad)
@@ -45,7 +42,6 @@ def of_tokens(rank: int, world_size: int) -> None:
     labels[:, 3:9] = -100
     model = classifier("Token")
     want = nn.functional.cross_entropy(model(input_ids=ids, use_cache=False).logits[0].float(), labels[0])
-    want.backward()
     attention = Attention(ContextParallel(layout="zigzag"), "tokens", any_model=True)
     shared = attention.apply(classifier("Token"))
     batch = {"input_ids": ids, "labels": labels}
@@ -54,11 +50,7 @@ def of_tokens(rank: int, world_size: int) -> None:
     batch = attention.shard_batch(batch, shift_labels=False)
     assert "labels" not in batch
     loss = next_token_loss(shared(**batch, use_cache=False).logits, batch)
-    loss.backward()
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    close("loss", total / world_size, want.detach())
-    same_gradients(shared, model, world_size)
+    same(loss, want, shared, model, world_size)
 
 
 def test_labels_of_their_own_tokens(ranks: Any) -> None:
@@ -97,7 +89,6 @@ def pooled(rank: int, world_size: int) -> None:
     model, shared = classifier("Sequence"), classifier("Sequence")
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     want = nn.functional.cross_entropy(model.score(hidden[:, -1]).float(), torch.tensor([3]))
-    want.backward()
     attention = Attention(ContextParallel(layout="zigzag"), "rows")
     attention.apply(shared.model)
     labels = torch.full_like(ids, -100)
@@ -105,11 +96,7 @@ def pooled(rank: int, world_size: int) -> None:
     batch = attention.shard_batch({"input_ids": ids, "labels": labels}, shift_labels=False)
     told = {name: x for name, x in batch.items() if name not in ("shift_labels", "num_items_in_batch")}
     loss = next_token_loss(shared.score(shared.model(**told, use_cache=False).last_hidden_state), batch)
-    loss.backward()
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    close("loss", total / world_size, want.detach())
-    same_gradients(shared, model, world_size)
+    same(loss, want, shared, model, world_size)
 
 
 def test_a_label_a_row(ranks: Any) -> None:
@@ -139,7 +126,6 @@ def with_an_image(rank: int, world_size: int) -> None:
     model, shared = llava(), llava()
     labels = ids.masked_fill(ids == 47, -100)
     result = model(input_ids=ids, pixel_values=pixels, labels=labels, use_cache=False)
-    result.loss.backward()
     cp = ContextParallel(layout="zigzag")
     attention = Attention(cp, "images")
     for any_model in (False, True):
@@ -149,8 +135,7 @@ def with_an_image(rank: int, world_size: int) -> None:
     batch = attention.shard_batch({"inputs_embeds": embedded(shared, ids, pixels), "labels": labels})
     got = shared(**batch, use_cache=False)
     close("logits", cp.unshard(got.logits, 1, seq_len=25), result.logits)
-    got.loss.backward()
-    same_gradients(shared, model, world_size)
+    same(got.loss, result.loss, shared, model, world_size)
 
 
 def test_images_beside_text(ranks: Any) -> None:

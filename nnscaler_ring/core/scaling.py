@@ -277,7 +277,7 @@ def report(
         raise ValueError(f"{world} ranks do not divide into teams of {inner}")
     outer = teams(held, inner)
     shares = deal(shape.heads, shape.heads_k, inner)
-    busiest = replace(shape, heads=max(s.q[1] - s.q[0] for s in shares), heads_k=max(len(s.repeats) for s in shares))
+    busiest, around = of_busiest(shape, shares), most_head_bytes(shape, shares, held)
     ways = (transport, transport)
     if transport == "auto" or outer.world_size == 1:
         forward, back = (row_transport(mask, (outer, outer), busiest, (speed, network), backward) for backward in (False, True))
@@ -289,12 +289,7 @@ def report(
     planned = [[plan(mask, outer, outer, way, rank) for rank in looked_at] for way in ways]
     plans = planned[0]
     before, after = head_bytes(shape, shares, held)
-    seconds = np.array(
-        [
-            [timeline(p, busiest, speed, network, bool(n), (int(before[n].max()), int(after[n].max()))).total for p in planned[n]]
-            for n in range(2)
-        ]
-    )
+    seconds = np.array([[timeline(p, busiest, speed, network, bool(n), around[n]).total for p in planned[n]] for n in range(2)])
     lines = seconds.max(axis=1).tolist()
     rows = rows_sent(mask, outer, outer, ways[0]) * sum(s.k[1] - s.k[0] for s in shares) // shape.heads_k
     worked = [tiles(p) for p in plans]
@@ -317,6 +312,16 @@ def report(
         slowest=looked_at[int(seconds.sum(axis=0).argmax())],
         efficiency=float(alone) / sum(lines) if pairs.sum() else 1.0,
     )
+
+
+def of_busiest(shape: Shape, shares: Sequence[Share]) -> Shape:
+    """What the rank with most heads computes with."""
+    return replace(shape, heads=max(s.q[1] - s.q[0] for s in shares), heads_k=max(len(s.repeats) for s in shares))
+
+
+def most_head_bytes(shape: Shape, shares: Sequence[Share], held: Layout) -> list[tuple[int, int]]:
+    """The most of `head_bytes` that a rank sends before and after the walk, of the forward and of the backward pass."""
+    return [(int(before.max()), int(after.max())) for before, after in zip(*head_bytes(shape, shares, held), strict=True)]
 
 
 def head_bytes(shape: Shape, shares: Sequence[Share], held: Layout) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -382,7 +387,7 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
     """
     world, rows = held.world_size, choose(mask, held, held)
     shares = deal(shape.heads, shape.heads_k, world)
-    busiest = replace(shape, heads=max(s.q[1] - s.q[0] for s in shares), heads_k=max(len(s.repeats) for s in shares))
+    busiest, around = of_busiest(shape, shares), most_head_bytes(shape, shares, held)
     pairs, needed = rank_pairs(mask, held), rows_needed(mask, held, held)
     a_pair = shape.flops() / speed.forward + shape.flops(True) / speed.backward
     compute, mean = float(pairs.max()) * a_pair, float(pairs.mean()) * a_pair
@@ -393,7 +398,6 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
     steps = 0 if not needed.any() else 1 if rows == "halo" else world - 1
     sent = most / network.bandwidth + 2 * steps * network.latency
     limit = (compute + 2 * (1 + steps) * speed.launch + max(0.0, sent - hidden)) / CLEARLY
-    around = [(int(before.max()), int(after.max())) for before, after in zip(*head_bytes(shape, shares, held), strict=True)]
     if mean * busiest.heads * world / shape.heads + sum(map(sum, around)) / network.bandwidth >= limit:
         return rows  # before anything is planned
     whole = teams(held, world)

@@ -100,7 +100,10 @@ def check_config(config: Any, world_size: int) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError("encoders with decoders: their tokens are cut apart")
     if world_size > 1 and getattr(config, "use_bidirectional_attention", None) is True:
-        raise NotImplementedError("use_bidirectional_attention: the model's mask says who sees whom, not its layers")
+        raise NotImplementedError(
+            "use_bidirectional_attention: the model's mask says who sees whom, not its layers; say it by a function for target "
+            "(docs/transformers.md, 'Answers that share a prompt')"
+        )
     if world_size > 1 and (kinds := _rope_types(config) & {"dynamic", "longrope"}):
         raise NotImplementedError(f"RoPE of {sorted(kinds)}: each rank would take its frequencies by its own last position")
 
