@@ -1,6 +1,6 @@
 """Transformer Engine 2.2.0 or newer: cuDNN's attention by ``fused_attn_fwd`` and ``fused_attn_bwd``.
 
-Written to ``transformer_engine/pytorch/cpp_extensions/fused_attn.py`` of 2.2 .. 2.18. What is said here of masks, head dims and
+Written to ``transformer_engine/pytorch/cpp_extensions/fused_attn.py`` of 2.2 .. 2.20. What is said here of masks, head dims and
 cuDNN versions is in ``nvte_get_fused_attn_backend``; that the first auxiliary tensor is the log-sum-exp, ``[B, H, L, 1]`` for one
 span and ``[T, H, 1]`` for rows end to end (cuDNN 9.6 or newer), and that backward takes a merged one, in its
 ``context_parallel.py``. It takes full and causal attention and windows of earlier keys; others are not in all those releases and
