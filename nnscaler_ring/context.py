@@ -61,7 +61,7 @@ def _tokens(x: Tensor, dim: int) -> int:
 
 def _warn_if_alone() -> None:
     """A process that was started as one of many, and has joined no group, computes by itself what the others compute too."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         return
     try:
         launch = detect({"LOCAL_RANK": "0", **os.environ})  # which does not matter here

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.call import Group, Options, Rows, announced, group_name, out_and_lse, total_attention
+from .core.call import Group, Options, Rows, announced, out_and_lse, total_attention
 from .core.recipe import Recipe
-from .ops import wrap_piecewise_attn_func
+from .ops import group_of, wrap_piecewise_attn_func
 
 
 def flash_attention(
@@ -63,7 +63,7 @@ def flash_attention(
         raise ValueError(
             f"{', '.join(wrong)}: give True or False; the dropout that newer FlagAttention has there is dropout_p= here"
         )
-    name = _group_name(process_group)
+    name = group_of(process_group)
     recipe = Recipe(group=name, layout=layout, transport=transport, kernel=kernel)
     options = Options(softmax_scale=sm_scale, dropout_p=dropout_p, causal=causal, return_attn_probs=return_log_normalizer)
     with announced(name, q):
@@ -111,17 +111,12 @@ def piecewise_attention(
         >>> piecewise_attention(q1, k1, q2, k2, v, 4, causal=True).shape
         torch.Size([1, 4, 16, 8])
     """
-    with announced(_group_name(process_group), q1):
+    with announced(group_of(process_group), q1):
         q1, k1, q2, k2, v = _tokens_first(q1=q1, k1=k1, q2=q2, k2=k2, v=v)
     group: dict[str, Any] = {"process_group": process_group, "seq_len": seq_len, "seq_len_k": seq_len_k}
     out = wrap_piecewise_attn_func(q1, k1, q2, k2, v, dist_threshold, causal, sm_scale, **group)
     assert isinstance(out, torch.Tensor)
     return out.transpose(1, 2)
-
-
-def _group_name(process_group: Group) -> str:
-    """The name of a group; that of this process alone for None."""
-    return "local:1" if process_group is None else group_name(process_group)
 
 
 def _tokens_first(**given: Tensor) -> list[Tensor]:

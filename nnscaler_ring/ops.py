@@ -88,6 +88,14 @@ def options_of(settings: Settings, **more: Any) -> Options:
     return Options(**{name: getattr(settings, name) for name in _OPTIONS}, **more)
 
 
+def group_of(process_group: Group, ring_size: int = 1) -> str:
+    """The name of the group whose ranks pass shards; of None that of this process alone, or of the last of `ring_size` ranks, the
+    busiest under a causal mask, for a piece that autodist profiles without the others."""
+    if process_group is not None:
+        return group_name(process_group)
+    return "local:1" if ring_size == 1 else f"pretend:{ring_size}:{ring_size - 1}"
+
+
 @torch.compiler.assume_constant_result
 def _parsed(text: str) -> Settings:
     """`Settings.parse`, once while a graph is traced."""
@@ -107,7 +115,7 @@ class _Call:
 
     def _warn_if_one_of_many(self) -> None:
         """Tokens in an order of shards, of which this process is told to be the only one."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
                 f"{self.spec.name}: layout={self.settings.layout!r} without a process_group: these are taken to be whole, not "
                 f"one of {dist.get_world_size()} shards; pass process_group=torch.distributed.group.WORLD then",
@@ -131,7 +139,7 @@ class _Call:
                 return nnscaler.stand_in(self.spec, q, k, v)
             if process_group is None and self.settings.layout != "contiguous" and not torch.compiler.is_compiling():
                 self._warn_if_one_of_many()
-            name = nnscaler.pretended(ring_size) if process_group is None else group_name(process_group)
+            name = group_of(process_group, ring_size)
             return self._on_group((q, k, v), name, (self.settings.seq_len, self.settings.seq_len_k))
         given = {"process_group": process_group, "seq_len": self.settings.seq_len, "seq_len_k": self.settings.seq_len_k}
         if any(value is not None for value in given.values()):

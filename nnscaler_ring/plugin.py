@@ -29,6 +29,7 @@ from .core.transport import num_ranks
 from .ops import (
     Settings,
     dense_attention,
+    group_of,
     options_of,
     packed_attention,
     wrap_ring_attn_func,
@@ -134,8 +135,7 @@ def shuffled_rows(rows: Tensor, cu_seqlens: Tensor, back: bool = False, process_
         return nnscaler.untouched(torch.empty_like(rows), of=[rows])[0]
     if process_group is None and ring_size == 1:
         return rows.clone()
-    name = nnscaler.pretended(ring_size) if process_group is None else group_name(process_group)
-    return _moved(rows, cu_seqlens, name, back)
+    return _moved(rows, cu_seqlens, group_of(process_group, ring_size), back)
 
 
 def _moved(rows: Tensor, cu_seqlens: Tensor, group: str, back: bool) -> Tensor:
@@ -268,8 +268,7 @@ def zigzag_attention(
     for table, most in zip((cu_seqlens_q, cu_seqlens_k), longest.split(",") if longest else (), strict=False):
         if most != "None" and int(table.diff().max()) > int(most):
             raise ValueError(f"max_seqlen={most}, but the longest document of cu_seqlens has {int(table.diff().max())} tokens")
-    name = nnscaler.pretended(ring_size) if process_group is None else group_name(process_group)
-    recipe = Recipe(group=name, layout=_PER_DOCUMENT, transport="all_gather")
+    recipe = Recipe(group=group_of(process_group, ring_size), layout=_PER_DOCUMENT, transport="all_gather")
     rows = Rows(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     options = options_of(given, alibi_slopes=alibi_slopes)
     out, lse = out_and_lse(q, k, v, recipe, options, rows)

@@ -343,7 +343,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton.language as tl
-from nnscaler_ring.core.kernels import fused
+from nnscaler_ring.core import fused
 
 constants = {"ROWS": fused.ROWS, "WIDTH": 128, "EXACT": tl.float32}
 

@@ -172,7 +172,7 @@ def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tens
     mine = {name: None if x is None else _extra(spec, cut, name, x, q) for name, x in extras.items()}
     out, lse = op(Here(locals_, mine, rings, total, first))
     shape = torch.Size((*q.shape[:-1], v.shape[-1]))
-    return _wrap(out, cut, spec, "out", shape), _wrap(lse, cut, spec, "lse", _lse_shape(spec, q))
+    return _wrap(out, cut, spec, "out", shape), _wrap(lse, cut, spec, "lse", torch.Size(spec.lse_shape(q.shape)))
 
 
 def _extra(spec: OpSpec, cut: Cut, name: str, x: Tensor, q: Tensor) -> Tensor:
@@ -188,10 +188,6 @@ def _extra(spec: OpSpec, cut: Cut, name: str, x: Tensor, q: Tensor) -> Tensor:
         places.append(here)
         grads.append(Partial() if axis is not None and here.is_replicate() else here)
     return whole.redistribute(cut.mesh, places).to_local(grad_placements=grads)
-
-
-def _lse_shape(spec: OpSpec, q: DTensor) -> torch.Size:
-    return torch.Size([q.shape[spec.place("q", name)] for name in spec.lse])
 
 
 def _wrap(x: Tensor, cut: Cut, spec: OpSpec, name: str, shape: torch.Size) -> DTensor:

@@ -62,11 +62,6 @@ def constant(name: str, value: Any) -> Any:
     return value
 
 
-def pretended(ring_size: int) -> str:
-    """The group of a piece that autodist profiles alone: the last of `ring_size` ranks, the busiest under a causal mask."""
-    return "local:1" if ring_size == 1 else f"pretend:{ring_size}:{ring_size - 1}"
-
-
 def untouched(*results: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Empty results that are to be differentiated where one of the inputs `of` is."""
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in of)
@@ -75,8 +70,7 @@ def untouched(*results: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def stand_in(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of the right shapes and dtypes, for `tracing`."""
-    lse_shape = [q.shape[spec.place("q", name)] for name in spec.lse]
-    lse = q.new_empty(lse_shape, dtype=sum_dtype(q.dtype))
+    lse = q.new_empty(spec.lse_shape(q.shape), dtype=sum_dtype(q.dtype))
     out, lse = untouched(q.new_empty((*q.shape[:-1], v.shape[-1])), lse, of=(q, k, v))
     return out, lse
 

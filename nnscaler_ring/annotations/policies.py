@@ -222,22 +222,18 @@ def _recompute(graph: Any, config: Any) -> None:
     names = str(config.pas_config.get("recompute_modules", ""))
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     groups: dict[str, list[Any]] = {}
+    known: set[str] = set()
     for node in graph.select(ntype=IRFwOperation):
-        for path, cls in (node.module_stack or {}).items():
+        stack = node.module_stack or {}
+        known |= {name for path, cls in stack.items() for name in (path, cls.__name__)}
+        for path, cls in stack.items():
             if cls.__name__ in wanted or path in wanted:
                 groups.setdefault(path, []).append(node)
                 break
-    if missing := [name for name in wanted if name not in _names(graph)]:
-        raise ValueError(f"recompute_modules={names!r}: no module of the model is named {missing}; it has {sorted(_names(graph))}")
+    if missing := [name for name in wanted if name not in known]:
+        raise ValueError(f"recompute_modules={names!r}: no module of the model is named {missing}; it has {sorted(known)}")
     for nodes in groups.values():
         graph.recompute(nodes)
-
-
-def _names(graph: Any) -> set[str]:
-    from nnscaler.ir.operator import IRFwOperation
-
-    stacks = [node.module_stack or {} for node in graph.select(ntype=IRFwOperation)]
-    return {name for stack in stacks for path, cls in stack.items() for name in (path, cls.__name__)}
 
 
 # -- following a dim -------------------------------------------------------------------------------------------------------------
@@ -327,7 +323,7 @@ def _splits(node: Any, idx: int, dim: int, num: int) -> list[tuple[int, int | No
     found = [(x.parent.tid, split.dims) for x, split in tensors if _is_tensor(x)]
     if any(dims is not None and len(dims) > 1 for _, dims in found):
         return None  # one identifier twice in a tensor: a cut would lose all but the diagonal
-    return [(tid, None if dims is None else dims[0] % 64) for tid, dims in found]
+    return [(tid, None if dims is None else dims[0]) for tid, dims in found]
 
 
 # -- autodist --------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ A spec names the dims of every tensor. Dims of one name are cut together; what a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -61,6 +61,10 @@ class OpSpec:
 
     def _dims(self, tensor: str) -> tuple[str, ...]:
         return {**self.inputs, "out": self.out, "lse": self.lse}[tensor]
+
+    def lse_shape(self, q: Sequence[int]) -> list[int]:
+        """The shape of the log-sum-exp for the shape of q."""
+        return [q[self.place("q", name)] for name in self.lse]
 
     @property
     def cuttable(self) -> tuple[str, ...]:

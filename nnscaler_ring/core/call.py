@@ -164,8 +164,8 @@ def out_and_lse(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as kernels take them
     if packed:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    scale = _scale(q, options)
-    alibi = _slopes(q, options)
+    slopes, scale = options.alibi_slopes, _scale(q, options)
+    alibi = None if slopes is None else torch.atleast_2d(slopes).to(sum_dtype(q.dtype))
     extras = (alibi, options.bias, options.learnable_sink)
     out, lse, _ = engine.attention(q, k, v, *tables, *extras, *total, scale, _seed(options, q.device), text)
     if packed:
@@ -197,11 +197,6 @@ def _with_transport(
             _check_kernel(q, k, v, travelling, options)
             return travelling
     return recipe
-
-
-def _slopes(q: Tensor, options: Options) -> Tensor | None:
-    exact = sum_dtype(q.dtype)
-    return None if options.alibi_slopes is None else torch.atleast_2d(options.alibi_slopes).to(exact)
 
 
 def _scale(q: Tensor, options: Options) -> float:

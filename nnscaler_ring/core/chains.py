@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from .geometry import trim, visible
-from .intervals import distinct, overlaps, union
+from .intervals import Columns, distinct, overlaps, union
 from .layout import Layout
 from .mask import Mask
 
@@ -23,7 +23,7 @@ def _addresses(k: Layout) -> np.ndarray:
     return k.runs[:, 1] if k.stride == 1 else k.number0
 
 
-def needs(mask: Mask, q: Layout, k: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def needs(mask: Mask, q: Layout, k: Layout) -> Columns:
     """What each rank reads, its own rows included: disjoint intervals of addresses ``(reader, lo, hi)``, by reader and place."""
     if k.stride == 1:
         rank, start, count = q.runs.T
@@ -37,8 +37,7 @@ def needs(mask: Mask, q: Layout, k: Layout) -> tuple[np.ndarray, np.ndarray, np.
         bands = visible(mask, q, k)
         base = k.rank0[bands[:, 1]]
         reader, lo, hi = bands[:, 0], base + bands[:, 4], base + bands[:, 5]
-    reader, lo, hi = union(reader, lo, hi)
-    return reader, lo, hi
+    return union(reader, lo, hi)
 
 
 @lru_cache(maxsize=64)

@@ -30,8 +30,8 @@ def at_once(device: str) -> int:
 
 @lru_cache(maxsize=1)
 def fused() -> ModuleType | None:
-    """`kernels.fused`, or None without Triton."""
-    return None if importlib.util.find_spec("triton") is None else importlib.import_module(".kernels.fused", __package__)
+    """The module `fused`, or None without Triton."""
+    return None if importlib.util.find_spec("triton") is None else importlib.import_module(".fused", __package__)
 
 
 def together() -> ModuleType:

@@ -93,7 +93,7 @@ class Mask:
         table[:, 5] = np.minimum(table[:, 5], NO_LIMIT)
         empty = (table[:, 0] >= table[:, 1]) | (table[:, 2] >= table[:, 3]) | (table[:, 4] > table[:, 5])
         self.table, self.parts = table[~empty], parts[~empty]
-        self.table.flags.writeable = False
+        self.table.flags.writeable = self.parts.flags.writeable = False
         self.num_parts = int(self.parts.max(initial=0)) + 1
         self.q_len, self.k_len = int(q_len), int(k_len)
         self._key = (self.q_len, self.k_len, self.table.tobytes(), self.parts.tobytes())
@@ -113,8 +113,7 @@ class Mask:
     @property
     def pairs(self) -> int:
         """Number of visible (query, key) pairs."""
-        q0, q1, k0, k1, lo, hi = self.table.T
-        return int(band_area(q0, q1, k0, k1, lo, hi).sum())
+        return int(band_area(*self.table.T).sum())
 
     def as_array(self) -> np.ndarray:
         """The dense boolean ``[q_len, k_len]`` array: the oracle of every test."""

@@ -142,10 +142,8 @@ def _direct(mask: Mask, q: Layout, k: Layout, rank: int, route: Route) -> RankPl
     readers = np.unique(wanted[:, 0])
     breaks = np.repeat(readers, len(runs)), np.tile(runs, len(readers))
     send = _in_parts(*union(wanted[:, 0], wanted[:, 2], wanted[:, 3], breaks))
-    receive, own = (
-        _in_parts(origin[others], start[others], end[others]),
-        _end_to_end(np.column_stack([lo, hi, start, end])[~others]),
-    )
+    receive = _in_parts(origin[others], start[others], end[others])
+    own = _end_to_end(np.column_stack([lo, hi, start, end])[~others])
     q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
     bands = mine[:, 2:].copy()
     bands[late] = _in_buffer(mine[late], buffer)

@@ -244,7 +244,7 @@ def member_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """
     if group is _NOT_A_MEMBER:
         raise ValueError("this process is not a member of the process group given: call on its members only")
-    if group is None and dist.is_available() and dist.is_initialized():
+    if group is None and dist.is_initialized():
         return dist.group.WORLD
     return group
 

@@ -73,10 +73,6 @@ class KV:
         keys, values = (data.as_strided(shape, _strides(shape), at) for shape, at in zip(shapes, (0, half), strict=True))
         return KV(keys, values)
 
-    def like(self, dtype: torch.dtype) -> KV:
-        """As many uninitialised rows."""
-        return self.empty(self.keys.shape[0], dtype)
-
 
 def _strides(shape: Sequence[int]) -> list[int]:
     """Those of a contiguous tensor."""
@@ -168,7 +164,7 @@ def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None
         arriving = yield from _fetch(plan, t + 1, memory, own)
         if not step.ends:
             continue
-        grads = None if home is None else KVSums.inside(memory.like(sum_dtype(k.dtype)), len(home.k))
+        grads = None if home is None else KVSums.inside(memory.empty(memory.keys.shape[0], sum_dtype(k.dtype)), len(home.k))
         visit(step, memory.k, memory.v, grads)
         del memory
         if home is not None and grads is not None and wire is not None:
