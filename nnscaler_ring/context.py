@@ -26,6 +26,7 @@ from .core.call import (
     check_names,
     check_plain,
     check_qkv,
+    check_tensors,
     grid_name,
     group_name,
     host_table,
@@ -54,8 +55,9 @@ def _mesh_name(mesh: DeviceMesh) -> str:
 
 def _tokens(x: Tensor, dim: int) -> int:
     """How long `x` is in `dim`."""
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim={dim}: x has shape {tuple(x.shape)}")
+    check_tensors(x=x)
+    if not isinstance(dim, Integral) or not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim={dim!r}: x has shape {tuple(x.shape)}")
     return x.shape[dim]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.call import Group, Options, Rows, announced, out_and_lse, total_attention
+from .core.call import Group, Options, Rows, announced, check_flags, check_tensors, out_and_lse, total_attention
 from .core.recipe import Recipe
 from .ops import group_of, wrap_piecewise_attn_func
 
@@ -63,6 +63,7 @@ def flash_attention(
         raise ValueError(
             f"{', '.join(wrong)}: give True or False; the dropout that newer FlagAttention has there is dropout_p= here"
         )
+    check_flags(**flags)
     name = group_of(process_group)
     recipe = Recipe(group=name, layout=layout, transport=transport, kernel=kernel)
     options = Options(softmax_scale=sm_scale, dropout_p=dropout_p, causal=causal, return_attn_probs=return_log_normalizer)
@@ -121,6 +122,7 @@ def piecewise_attention(
 
 def _tokens_first(**given: Tensor) -> list[Tensor]:
     """``[B, H, S, D]`` as ``[B, S, H, D]``; ValueError for anything else, which would be taken for packed rows."""
+    check_tensors(**given)
     if any(x.dim() != 4 for x in given.values()):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
         raise ValueError(f"{shapes}: give all [B, H, S, D]")

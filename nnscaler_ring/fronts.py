@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .core.call import Result
+from .core.call import Result, check_flags
 
 Front = Callable[..., Result]
 
@@ -35,10 +35,13 @@ def fixed(base: Front, name: str, summary: str, *, causal_only: bool = False, **
     default = parameters[at].default
 
     def function(*args: Any, **kwargs: Any) -> Result:  # no more than this: compilers trace through here
-        if causal_only and not (args[at] if len(args) > at else kwargs.get("causal", default)):
-            raise ValueError(
-                f"{name}: causal=False, but zigzag shards balance a causal mask; pass causal=True or take a ring function"
-            )
+        if causal_only:
+            causal = args[at] if len(args) > at else kwargs.get("causal", default)
+            check_flags(causal=causal)
+            if not causal:
+                raise ValueError(
+                    f"{name}: causal=False, but zigzag shards balance a causal mask; pass causal=True or take a ring function"
+                )
         return base(*args, **kwargs, **choices)
 
     function = _named(function, name, summary, base, parameters)

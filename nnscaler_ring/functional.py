@@ -19,7 +19,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .core.call import Options, Result, Rows, attend, check_boundaries, check_documents, check_qkv, group_name, traced
+from .core.call import (
+    Options,
+    Result,
+    Rows,
+    attend,
+    check_boundaries,
+    check_documents,
+    check_flags,
+    check_qkv,
+    group_name,
+    traced,
+)
 from .core.mask import NO_LIMIT, Mask, check_window
 from .core.recipe import Recipe
 from .core.transport import num_ranks, resolve_group, transport_of
@@ -172,8 +183,9 @@ def llama3_flash_attn_prepare_cu_seqlens(
         >>> llama3_flash_attn_prepare_cu_seqlens(torch.tensor([0, 3, 8], dtype=torch.int32), True, 1, 2)
         (tensor([0, 4], dtype=torch.int32), tensor([0, 5], dtype=torch.int32), 4, 5, slice(3, 8, None))
     """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank={rank} is not below world_size={world_size}")
+    if not all(isinstance(n, Integral) for n in (rank, world_size)) or not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank!r} of world_size={world_size!r}: give a number from 0 on, and one above it")
+    check_flags(causal=causal)
     cu = check_boundaries(cu_seqlens, None)
     if cu[-1] % world_size:
         raise ValueError(f"the row's {cu[-1]} tokens do not divide by world_size={world_size}: pad its last document")

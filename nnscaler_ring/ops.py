@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .annotations import dtensor, nnscaler
-from .annotations.nnscaler import constant
+from .annotations.nnscaler import constant, tracing
 from .annotations.spec import SPECS, OpSpec
 from .core.call import (
     Group,
@@ -32,8 +32,10 @@ from .core.call import (
     Rows,
     check,
     check_extras,
+    check_flags,
     check_names,
     check_qkv,
+    check_tensors,
     grid_name,
     group_name,
     host_table,
@@ -276,8 +278,8 @@ def _run(op: str, tensors: Sequence[Tensor | None], process_group: Group, shared
     given: dict[str, Any] = {}
     for name, value in (*zip(_SHARED, shared, strict=True), *own.items()):
         given[name] = constant(name, value)
-    scale, far = given["softmax_scale"], given.get("far")
-    Options(softmax_scale=scale, dropout_p=given["dropout_p"], softcap=given["softcap"], far=far)
+    scale, looked_at = given["softmax_scale"], ("dropout_p", "softcap", "causal", "deterministic", "return_attn_probs", "far")
+    Options(softmax_scale=scale, **{name: given[name] for name in looked_at if name in given})
     given = {**given, "softmax_scale": None if scale is None else float(scale), "window_size": check_window(given["window_size"])}
     if torch.compiler.is_compiling():  # numbers that a graph takes as arguments, as a seed of each call's own, fit in no string
         lengths = {name: traced(given.get(name)) for name in ("seq_len", "seq_len_k")}  # shards may differ: a graph for each
@@ -481,6 +483,7 @@ def wrap_sliding_window_attn_func(
         >>> wrap_sliding_window_attn_func(q, k, v, 4).shape
         torch.Size([1, 16, 4, 8])
     """
+    check_flags(causal=causal)
     window = (window_size, 0 if causal else window_size) if isinstance(window_size, Integral) else window_size
     shared: tuple[Any, ...] = (softmax_scale, dropout_p, window, deterministic, return_attn_probs)
     shared += (transport, kernel, seq_len, seq_len_k, softcap, dropout_seed)
@@ -594,8 +597,22 @@ def wrap_piecewise_attn_func(
         >>> wrap_piecewise_attn_func(q1, k1, q2, k2, v, 4, causal=True).shape
         torch.Size([1, 16, 4, 8])
     """
+    if dist_threshold is None:
+        raise ValueError("dist_threshold=None: give a number of tokens >= 0")
+    if not tracing():
+        _check_halves(q1, k1, q2, k2)
     q, k = torch.cat([q1, q2], -1), torch.cat([k1, k2], -1)
     shared: tuple[Any, ...] = (softmax_scale, dropout_p, window_size, deterministic, return_attn_probs)
     shared += (transport, kernel, seq_len, seq_len_k, softcap, dropout_seed)
     tensors = (q, k, v, cu_seqlens, alibi_slopes, learnable_sink)
     return _run("wrap_ring_attn_func", tensors, process_group, shared, causal=causal, layout=layout, far=dist_threshold)
+
+
+def _check_halves(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor) -> None:
+    """ValueError where features would not be halves of one width."""
+    check_tensors(q1=q1, k1=k1, q2=q2, k2=k2)
+    if q1.shape != q2.shape or k1.shape != k2.shape or q1.shape[-1] != k1.shape[-1]:
+        shapes = f"q1 {tuple(q1.shape)}, k1 {tuple(k1.shape)}, q2 {tuple(q2.shape)}, k2 {tuple(k2.shape)}"
+        raise ValueError(f"{shapes}: q1 and q2 must have one shape, as k1 and k2, and all one head dim")
+    if q1.dtype != q2.dtype or k1.dtype != k2.dtype:
+        raise ValueError(f"q1 is {q1.dtype}, q2 {q2.dtype}, k1 {k1.dtype}, k2 {k2.dtype}: give one dtype")

@@ -20,7 +20,7 @@ from torch.torch_version import TorchVersion
 from .annotations import nnscaler
 from .annotations.nnscaler import constant
 from .annotations.spec import SPECS
-from .core.call import Group, Options, Rows, check_qkv, group_name, out_and_lse
+from .core.call import Group, Options, Rows, check_documents, check_qkv, group_name, out_and_lse
 from .core.device import sum_dtype
 from .core.kernels.transformer_engine import PACKAGE as transformer_engine
 from .core.recipe import Recipe
@@ -266,8 +266,8 @@ def zigzag_attention(
         out, lse = nnscaler.stand_in(_ZIGZAG, q, k, v)
         return (out, lse) if given.return_attn_probs else out
     for table, most in zip((cu_seqlens_q, cu_seqlens_k), longest.split(",") if longest else (), strict=False):
-        if most != "None" and int(table.diff().max()) > int(most):
-            raise ValueError(f"max_seqlen={most}, but the longest document of cu_seqlens has {int(table.diff().max())} tokens")
+        if most != "None":
+            check_documents(table, int(most))
     recipe = Recipe(group=group_of(process_group, ring_size), layout=_PER_DOCUMENT, transport="all_gather")
     rows = Rows(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     options = options_of(given, alibi_slopes=alibi_slopes)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import nnscaler_ring
 from nnscaler_ring import llama3_flash_attn_prepare_cu_seqlens
+from nnscaler_ring.core.layout import zigzag
 from nnscaler_ring.core.layouts import LAYOUTS
 from tests.test_functional import DENSE, PREPARED, VARLEN, packings, stacked
 from tests.test_ops import OPS
@@ -161,6 +162,8 @@ def kinds() -> Iterator[Bad]:
     yield Bad(names=PLAIN, spoil=lambda q, k, v: (q.int(), k.int(), v.int()), words=["int32", "floating"])
     yield Bad(names=PLAIN, spoil=lambda q, k, v: (q, k, v.to("meta")), words=["meta", "one device"])
     yield Bad(names=PLAIN, spoil=lambda q, k, v: (q.to("meta"), k, v), words=["meta", "one device"])
+    yield Bad(names=PLAIN, spoil=lambda q, k, v: (q, None, v), words=["k is a NoneType", "give a tensor"])
+    yield Bad(names=PLAIN, spoil=lambda q, k, v: (q.tolist(), k, v), words=["q is a list", "give a tensor"])
 
 
 def options() -> Iterator[Bad]:
@@ -195,6 +198,10 @@ def options() -> Iterator[Bad]:
         yield Bad(names=["wrap_sliding_window_attn_func"], change={"window_size": window}, words=["window_size"])
     yield Bad(names=COUNT_WINDOW, change={"window_size": -2}, words=["window_size"])
     yield Bad(names=having("num_sinks"), change={"num_sinks": -1}, words=["sinks=-1"])
+    for flag in ("causal", "deterministic", "return_attn_probs"):
+        for value in ("False", 0.125, 2, (-1, -1), [], torch.ones(2)):  # another argument in its place
+            yield Bad(names=having(flag), change={flag: value}, words=[f"{flag}={value!r}", "True or False"])
+    yield Bad(names=having("return_attn_probs"), change={"return_attn_probs": None}, words=["return_attn_probs=None"])
     yield Bad(names=CAUSAL_ONLY, change={"causal": False}, words=["causal=False", "causal=True", "zigzag"])
     choices = {"layout": LAYOUTS, "transport": ["auto", "ring", "halo"], "kernel": ["auto", "aten", "reference"]}
     for argument, known in choices.items():
@@ -202,6 +209,8 @@ def options() -> Iterator[Bad]:
         yield Bad(names=told_all, change={argument: "magic"}, words=["'magic'", *known])
     natural = [name for name in having("layout") if name in OPS]
     yield Bad(names=natural, change={"layout": "magic"}, words=["'magic'", "'contiguous'"])
+    per_rank = [name for name in having("layout") if name not in OPS]
+    yield Bad(names=per_rank, change={"layout": zigzag(LOCAL, 1)}, words=["Layout", "zigzag", "ContextParallel"])
     yield Bad(names=["wrap_ring_attn_func"], change={"layout": "zigzag"}, words=["'zigzag'", "'contiguous'"])
     for key in ("cp_size", "cp_local_rank", "cp_prev_global_rank", "cp_next_global_rank"):
         yield Bad(names=having("cp_size"), change={key: 7}, words=[f"{key}=7", "cp_group"])
@@ -268,6 +277,8 @@ def test_ranks_named_without_a_group() -> None:
     [
         ((i32(0, 8), True, 2, 2), ["rank=2", "world_size=2"]),
         ((i32(0, 8), True, -1, 2), ["rank=-1"]),
+        ((i32(0, 8), True, 0.5, 2), ["rank=0.5"]),
+        ((i32(0, 8), "False", 0, 2), ["causal='False'", "True or False"]),
         ((i32(0, 7), True, 0, 2), ["7 tokens", "world_size=2"]),
         ((i32(1, 8), True, 0, 2), ["cu_seqlens", "start at 0"]),
         ((i32(0, 6, 4, 8), True, 0, 2), ["cu_seqlens", "decrease"]),

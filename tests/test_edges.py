@@ -283,12 +283,6 @@ def test_one_rank_whose_layout_has_another_order() -> None:
     assert cp.shard(x, 0).tolist() == [0, 2, 4, 6, 1, 3, 5, 7] and torch.equal(cp.unshard(cp.shard(x, 0), 0), x)
 
 
-def test_a_word_for_a_choice() -> None:
-    for name in ("causal", "deterministic"):
-        with pytest.raises(ValueError, match=f"{name}='False': give True or False"):
-            nr.ring_flash_attn_func(*qkv(), **{name: "False"})
-
-
 def in_the_order_of_shards(rank: int, world_size: int) -> list[str]:
     """Warnings of ops that are given shards, with and without their group."""
     q, k, v = qkv()

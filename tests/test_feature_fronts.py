@@ -329,6 +329,21 @@ def test_refused() -> None:
             nr.piecewise_attention(q, q, q, q, q, threshold)
     with pytest.raises(ValueError, match="one head dim"):
         nr.piecewise_attention(q, q, q, q[..., :3], q, 2)
+    narrow = q[..., :2]
+    for far in (q, q.repeat(1, 2, 1, 1), q[:, :, 1:]):  # as wide together, but not halves of one width
+        with pytest.raises(ValueError, match="q1 and q2 must have one shape"):
+            nr.piecewise_attention(narrow, narrow, far, far, q, 2)
+    with pytest.raises(ValueError, match="all one head dim"):
+        nr.piecewise_attention(narrow, q, narrow, q, q, 2)
+    with pytest.raises(ValueError, match=r"q2 torch.bfloat16.*give one dtype"):
+        nr.piecewise_attention(q, q, q.bfloat16(), q.bfloat16(), q, 2)
+    with pytest.raises(ValueError, match="q2 is a NoneType"):
+        nr.wrap_piecewise_attn_func(q, q, None, q, q, 2)
+    with pytest.raises(ValueError, match="dist_threshold=None"):
+        nr.piecewise_attention(q, q, q, q, q, None)
+    for flag in ("return_log_normalizer", "return_total_attention", "causal"):
+        with pytest.raises(ValueError, match=r"(causal|return_.*)='no': give True or False"):
+            nr.flash_attention(q, q, q, **{flag: "no"})
     with pytest.raises(ValueError, match="multiple of the 3 key heads"):
         nr.flash_attention(q, q.repeat(1, 3, 1, 1)[:, :3], q.repeat(1, 3, 1, 1)[:, :3])
     with pytest.raises(ValueError, match="dropout_p=1"):

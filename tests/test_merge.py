@@ -288,6 +288,41 @@ def test_a_slice_of_rows() -> None:
         update_out_and_lse(None, None, *parts[0], slice_=rows)
 
 
+def test_rows_that_see_nothing_as_flash_attention_2_says_it() -> None:
+    """Zeros of weight +inf count for nothing; what overflowed stays what it is."""
+    block_out, block_lse = torch.randn(1, 3, 1, 2), torch.zeros(1, 1, 3)
+    block_out[:, 1], block_lse[:, :, 1], block_lse[:, :, 2] = 0.0, INF, INF
+    for first in (True, False):
+        before = (None, None) if first else (torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1, 1))
+        out, lse = update_out_and_lse(*before, block_out, block_lse)
+        assert torch.equal(out[:, 1], torch.full((1, 1, 2), 0.0 if first else 1.0)) and lse[0, 1] == (-INF if first else 1.0)
+        assert lse[0, 2] == INF
+
+
+def test_blocks_that_do_not_fit() -> None:
+    out, lse, block_out, block_lse = torch.zeros(1, 4, 2, 3), torch.zeros(1, 4, 2, 1), torch.ones(1, 4, 2, 3), torch.zeros(1, 2, 4)
+    for given, words in (
+        ((out, None, block_out, block_lse), "lse None: give both"),
+        ((None, lse, block_out, block_lse), "out is None"),
+        ((out, lse, block_out, block_lse.transpose(1, 2)), "give .B, l, H, Dv. and .B, H, l."),
+        ((out, lse, block_out[:, :1], block_lse[..., :1]), "as many rows"),
+        ((out, lse, block_out[..., :1], block_lse), "as many rows, heads and features"),
+        ((out, lse[:, :1], block_out, block_lse), "as many rows"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            update_out_and_lse(*given)
+
+
+def test_boundaries_of_other_rows() -> None:
+    cu = torch.tensor([0, 1, 5])
+    for lse, most in ((torch.zeros(2, 5), 4), (torch.zeros(6, 2), 4), (torch.zeros(5, 2), 3), (torch.zeros(5), 4)):
+        with pytest.raises(ValueError, match=r"give \[T, H\]"):
+            unflatten_varlen_lse(lse, cu, most)
+    for lse in (torch.zeros(2, 1, 3), torch.zeros(1, 1, 4), torch.zeros(2, 4)):
+        with pytest.raises(ValueError, match=r"give \[documents, H, max_seqlen\]"):
+            flatten_varlen_lse(lse, cu)
+
+
 @pytest.mark.parametrize("lengths", [[3], [1, 4, 2], [2, 0, 3]])
 def test_flatten_and_unflatten(lengths: list[int]) -> None:
     cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)

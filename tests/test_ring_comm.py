@@ -192,6 +192,8 @@ def exchanged_once(rank: int, world_size: int) -> None:
     assert not first.any()
     with pytest.raises(ValueError, match=r"recv_tensor of shape .* must be contiguous"):
         comm.send_recv(torch.ones(2, 2), torch.ones(2, 2).T)
+    with pytest.raises(ValueError, match=r"recv_tensor is torch.float64, to_send torch.float32"):
+        comm.send_recv(torch.ones(2), torch.ones(2, dtype=torch.float64))
 
 
 def test_what_has_come_is_the_callers(ranks) -> None:

@@ -39,6 +39,13 @@ Result = Tensor | tuple[Tensor, Tensor, None]
 """out, or ``(out, softmax_lse, None)`` where the probabilities' log-sum-exp is asked for, as flash-attn returns it."""
 
 
+def check_flags(**given: object) -> None:
+    """ValueError unless all are True or False: what slipped into the place of a flag is another argument."""
+    for name, flag in given.items():
+        if not isinstance(flag, (bool, np.bool_)) and not (isinstance(flag, int) and flag in (0, 1)):
+            raise ValueError(f"{name}={flag!r}: give True or False")
+
+
 def _is_number(x: object) -> bool:
     one = (isinstance(x, Tensor) and x.numel() == 1) or (isinstance(x, np.ndarray) and x.size == 1)
     return one or isinstance(x, (Real, torch.SymInt, torch.SymFloat))
@@ -88,13 +95,14 @@ class Options:
             raise ValueError(f"softcap={self.softcap!r}: give a positive number, or 0 for none")
         seed = self.dropout_seed
         if seed is not None and not (isinstance(seed, Integral) and 0 <= seed < 1 << 63):
-            raise ValueError(f"dropout_seed={seed}: give an integer in [0, 2**63)")
+            raise ValueError(f"dropout_seed={seed!r}: give an integer in [0, 2**63)")
         if self.far is not None and not (isinstance(self.far, Integral) and self.far >= 0):
-            raise ValueError(f"dist_threshold={self.far}: give a number of tokens >= 0")
+            raise ValueError(f"dist_threshold={self.far!r}: give a number of tokens >= 0")
         for name in ("alibi_slopes", "softmax_scale", "softcap", "dropout_p"):
             given = getattr(self, name)
             if isinstance(given, Tensor) and given.requires_grad:
                 raise NotImplementedError(f"{name} has no gradient here: detach it")
+        check_flags(causal=self.causal, deterministic=self.deterministic, return_attn_probs=self.return_attn_probs)
         check_window(self.window_size)
 
 
@@ -355,9 +363,6 @@ def _checked(
     check_qkv(q, k, v)
     check_differentiable(q, k, v, options.alibi_slopes, options.learnable_sink, options.bias)
     check_names(recipe)
-    for name in ("causal", "deterministic"):
-        if isinstance(given := getattr(options, name), str):
-            raise ValueError(f"{name}={given!r}: give True or False")
     recipe = replace(recipe, **{**_of_recipe(options), "window": check_window(options.window_size)})
     for name, length in (("seq_len", rows.seq_len), ("seq_len_k", rows.seq_len_k)):
         if length is not None and not (isinstance(length, Integral) and length >= 0):
@@ -425,8 +430,16 @@ def check_plain(*tensors: Tensor | None) -> None:
         )
 
 
+def check_tensors(**given: object) -> None:
+    """ValueError unless all are tensors."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}: give a tensor")
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """ValueError unless q, k and v fit together, with what came and what is allowed."""
+    check_tensors(q=q, k=k, v=v)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() not in (3, 4) or k.dim() != q.dim() or v.dim() != q.dim():
         raise ValueError(f"{shapes}: give all [B, L, H, D], or all packed [T, H, D]")
@@ -468,7 +481,7 @@ def check_names(recipe: Recipe) -> None:
     if recipe.transport == ALL_TO_ALL and is_grid(recipe.group):
         raise ValueError("transport='all_to_all' over a grid: heads travel within its teams anyway; say how rows go between them")
     if not isinstance(recipe.heads_stride, Integral) or recipe.heads_stride < 0:
-        raise ValueError(f"heads_k_stride={recipe.heads_stride}: give a number of key heads >= 1, or 0 for all")
+        raise ValueError(f"heads_k_stride={recipe.heads_stride!r}: give a number of key heads >= 1, or 0 for all")
 
 
 def host_table(name: str, cu_seqlens: Tensor | None) -> Tensor | None:
@@ -505,8 +518,8 @@ def check_boundaries(cu_seqlens: Tensor, length: int | None) -> np.ndarray:
 
 
 @torch.compiler.disable
-def check_documents(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> np.ndarray:
-    """The boundaries of the documents in a shard of `tokens`, or ValueError; `max_seqlen` must not be below the longest."""
+def check_documents(cu_seqlens: Tensor, max_seqlen: int, tokens: int | None = None) -> np.ndarray:
+    """The boundaries of the documents in `tokens` (any number for None); ValueError where `max_seqlen` is below the longest."""
     cu = check_boundaries(cu_seqlens, tokens)
     longest = int(np.diff(cu).max(initial=0))
     if not _is_number(max_seqlen) or max_seqlen < longest:

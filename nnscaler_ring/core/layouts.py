@@ -52,8 +52,8 @@ def build(name: str, length: int, world_size: int, cu_seqlens: np.ndarray | None
 
 def check_layout(name: str) -> str:
     """`name`, or ValueError that lists the known layouts."""
-    if name not in LAYOUTS and not name.startswith(_TABLE):
-        raise ValueError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}, or give a Layout")
+    if not isinstance(name, str) or (name not in LAYOUTS and not name.startswith(_TABLE)):
+        raise ValueError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}; a Layout is for ContextParallel")
     return name
 
 
@@ -67,8 +67,8 @@ def name_of(layout: str | Layout) -> str:
         >>> build(name_of(zigzag(8, 2)), 8, 2) == zigzag(8, 2)
         True
     """
-    if isinstance(layout, str):
-        return layout
+    if not isinstance(layout, Layout):
+        return check_layout(layout)
     held = [layout.positions(rank) for rank in range(layout.world_size)]
     if not np.array_equal(np.sort(np.concatenate(held)), np.arange(layout.length)):
         raise ValueError(f"{layout!r} must hold every position once")

@@ -174,14 +174,16 @@ def update_out_and_lse(
         out: running result ``[B, L, H, Dv]``, fp32 (float64 for float64 blocks); None at the first block. Updated in place.
         lse: its log-sum-exp, natural log, ``[B, L, H, 1]``; None at the first block. Updated in place.
         block_out: ``[B, l, H, Dv]``, any floating dtype.
-        block_lse: ``[B, H, l]``, natural log; ``-inf`` where a row sees nothing: it is left alone, whatever `block_out` has.
+        block_lse: ``[B, H, l]``, natural log; ``-inf`` where a row sees nothing: it is left alone, whatever `block_out` has, as is
+            a row of ``+inf`` and zeros, flash-attn 2's way of saying so.
         slice_: the rows of `out` and `lse` that the block is about, as an index; all where None.
 
     Returns:
         The updated ``(out, lse)``.
 
     Raises:
-        ValueError: a slice is given with the first block, when there is nothing to take a slice of.
+        ValueError: a slice is given with the first block, when there is nothing to take a slice of; one of `out` and `lse` without
+            the other; rows, heads or a head dim that differ.
 
     Example:
         >>> o, l = torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 2)
@@ -192,18 +194,30 @@ def update_out_and_lse(
     """
     dtype = sum_dtype(block_out.dtype)
     column = block_lse.transpose(-2, -1).unsqueeze(-1).to(dtype)
+    if (out is None) != (lse is None):
+        raise ValueError(f"out is {_kind(out)} and lse {_kind(lse)}: give both, or None for both at the first block")
+    if column.shape[:-1] != block_out.shape[:-1]:
+        raise ValueError(
+            f"block_out {tuple(block_out.shape)} and block_lse {tuple(block_lse.shape)}: give [B, l, H, Dv] and [B, H, l]"
+        )
+    column = column.masked_fill((column == float("inf")) & (block_out == 0).all(-1, keepdim=True), float("-inf"))
     block_out = block_out.masked_fill(column == float("-inf"), 0.0)
     if out is None or lse is None:
         if slice_ is not None:
             raise ValueError("the first block sets every row: pass slice_=None, or start from out=0 and lse=-inf")
         return block_out.to(dtype), column.clone(memory_format=torch.contiguous_format)
-    if slice_ is None:
-        merge_(out, lse, block_out, column)
-    else:
-        part, part_lse = out[slice_], lse[slice_]
-        merge_(part, part_lse, block_out, column)
+    part, part_lse = (out, lse) if slice_ is None else (out[slice_], lse[slice_])
+    if part.shape != block_out.shape or part_lse.shape != column.shape:
+        given = f"out {tuple(part.shape)} and lse {tuple(part_lse.shape)}"
+        raise ValueError(f"{given} of the rows, block_out {tuple(block_out.shape)}: give as many rows, heads and features")
+    merge_(part, part_lse, block_out, column)
+    if slice_ is not None:
         out[slice_], lse[slice_] = part, part_lse  # an index that is a tensor takes a copy
     return out, lse
+
+
+def _kind(x: Tensor | None) -> str:
+    return "None" if x is None else f"of shape {tuple(x.shape)}"
 
 
 def flatten_varlen_lse(lse: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -216,11 +230,16 @@ def flatten_varlen_lse(lse: Tensor, cu_seqlens: Tensor) -> Tensor:
     Returns:
         ``[H, T]``, of the same dtype.
 
+    Raises:
+        ValueError: documents that are more, or longer, than what `lse` has of them.
+
     Example:
         >>> flatten_varlen_lse(torch.arange(6.0).reshape(2, 1, 3), torch.tensor([0, 1, 4])).tolist()
         [[0.0, 3.0, 4.0, 5.0]]
     """
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    if lse.dim() != 3 or len(lengths) != lse.shape[0] or max(lengths, default=0) > lse.shape[2]:
+        raise ValueError(f"lse {tuple(lse.shape)} of documents of {lengths} tokens: give [documents, H, max_seqlen]")
     return torch.cat([row[:, :length] for row, length in zip(lse, lengths, strict=True)], dim=1)
 
 
@@ -235,12 +254,21 @@ def unflatten_varlen_lse(lse: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Te
     Returns:
         ``[documents, H, max_seqlen]``, of the same dtype, ``-inf`` in the padding.
 
+    Raises:
+        ValueError: an `lse` of another number of tokens, as is one of ``[H, T]``; a longer document than `max_seqlen`.
+
     Example:
         >>> unflatten_varlen_lse(torch.arange(4.0).reshape(4, 1), torch.tensor([0, 1, 4]), 3).tolist()
         [[[0.0, -inf, -inf]], [[1.0, 2.0, 3.0]]]
     """
     packed = lse.squeeze(-1) if lse.dim() == 3 else lse
     bounds = cu_seqlens.tolist()
+    longest = max((hi - lo for lo, hi in pairwise(bounds)), default=0)
+    if packed.dim() != 2 or bounds[-1] != packed.shape[0] or longest > max_seqlen:
+        raise ValueError(
+            f"lse {tuple(lse.shape)}, cu_seqlens up to {bounds[-1]} with a document of {longest} tokens, max_seqlen={max_seqlen}: "
+            "give [T, H] or [T, H, 1] of all T tokens, and the length of the longest document"
+        )
     padded = packed.new_full((len(bounds) - 1, packed.shape[1], max_seqlen), float("-inf"))
     for n, (lo, hi) in enumerate(pairwise(bounds)):
         padded[n, :, : hi - lo] = packed[lo:hi].T

@@ -337,6 +337,8 @@ class RingComm:
         buffer = torch.empty_like(to_send, memory_format=torch.contiguous_format) if recv_tensor is None else recv_tensor
         if not buffer.is_contiguous():
             raise ValueError(f"recv_tensor of shape {tuple(buffer.shape)} and strides {buffer.stride()} must be contiguous")
+        if buffer.dtype != to_send.dtype:  # bytes travel: they would be read as other numbers
+            raise ValueError(f"recv_tensor is {buffer.dtype}, to_send {to_send.dtype}: give one dtype")
         self._send.append(((self.rank + 1) % self.world_size, to_send.contiguous()))
         self._receive.append(((self.rank - 1) % self.world_size, buffer))
         return buffer
