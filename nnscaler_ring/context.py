@@ -78,7 +78,7 @@ def _warn_if_alone() -> None:
 
 
 PARTS = 4
-"""Lengths of shards that are remembered until a call, to know parts that are put end to end."""
+"""Layouts of the last shards given out that are remembered until a call, to recognise shards that were put end to end."""
 
 
 class ContextParallel:
@@ -137,11 +137,11 @@ class ContextParallel:
         check_names(self._recipe)
         self._alone = group_or_mesh is None and name == "local:1"
         rank_in(name)  # the group is there, and this process in it; not kept, since another process may load what this one saves
-        self._uneven: set[int] = set()  # lengths of shards that were given out where others had another
-        self._lately_uneven = False  # some were given out since the last call: a graph is for one value, and looks at this alone
-        self._lately: list[Layout] = []  # the last layouts of those that were given out since
-        self._called = False  # since shards were given out, outside of a graph
-        self._by_documents: bool | None = None  # and were cut by documents, where the layout may look at them
+        self._uneven: set[int] = set()  # all lengths of shards in layouts that give ranks different numbers of tokens
+        self._lately_uneven = False  # `shard` has used such a layout since the last call; graphs guard on this flag, not on the set
+        self._lately: list[Layout] = []  # the last `PARTS` layouts that `shard` has used since the last call
+        self._called = False  # there was a call, outside of graphs, since the last `shard`
+        self._by_documents: bool | None = None  # whether the last `shard` was given cu_seqlens; None before the first
 
     @property
     def rank(self) -> int:
@@ -162,7 +162,7 @@ class ContextParallel:
         return f"ContextParallel({where}, {shown(r.layout)}, transport={r.transport}, kernel={r.kernel})"
 
     def _check_alone(self) -> None:
-        """ValueError where others have come since this process made this object for itself."""
+        """ValueError where this was made for a process that was alone, and a process group has been made since."""
         if self._alone and (now := group_name(None)) != self._recipe.group:
             raise ValueError(
                 f"this ContextParallel was made when this process was alone; there are {num_ranks(now)} ranks: make it anew, or of "
@@ -171,7 +171,7 @@ class ContextParallel:
 
     @torch.compiler.disable
     def _layout(self, seq_len: int, cu: Tensor | None) -> Layout:
-        """Of boundaries on the host, as `host_table` gives them."""
+        """The layout of a sequence of so many tokens; `cu` are its boundaries on the host, as `host_table` gives them."""
         self._check_alone()
         if not isinstance(seq_len, Integral) or seq_len < 0:
             raise ValueError(f"seq_len={seq_len!r}: give the number of tokens of the whole sequence")
@@ -286,13 +286,13 @@ class ContextParallel:
         return tokens * self.world_size
 
     def _joined(self, tokens: int) -> bool:
-        """Some rank has so many of shards given out lately, put end to end, an uneven one among them; alike on all ranks."""
+        """Whether some rank holds `tokens` of an uneven layout made of shards given out lately, end to end; alike on all ranks."""
         counts = [each.counts for each in self._lately]
         sums = (np.sum(some, axis=0) for n in range(2, len(counts) + 1) for some in combinations(counts, n))
         return any((some != some[0]).any() and (some == tokens).any() for some in sums)
 
     def _check_even(self, tokens: int, uneven: bool) -> None:
-        """ValueError where shards may be `uneven`: on every rank alike, where the lengths are not."""
+        """ValueError where ranks may hold different numbers of tokens: on all ranks alike, since each sees its own number only."""
         if uneven:
             raise ValueError(
                 f"shards of different lengths have been given out before, so {tokens} tokens here may be of several lengths: pass "

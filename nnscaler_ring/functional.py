@@ -63,6 +63,8 @@ def ring_flash_attn_func(
 
     Args:
         q: ``[B, L, Hq, D]``; k ``[B, L, Hk, D]``; v ``[B, L, Hk, Dv]``.
+        dropout_p, softmax_scale, causal, window_size, alibi_slopes, deterministic, return_attn_probs: see `core.call.Options`.
+        group: the ranks that share the sequence; None: the default group, or this process alone where there is none.
         layout: where the shards lie, a name in `core.layouts.LAYOUTS`.
         transport: ``ring``, ``grouped_ring``, ``all_gather``, ``halo``, ``all_to_all``, or ``auto`` (ring,
             grouped_ring or halo).
@@ -126,6 +128,8 @@ def ring_flash_attn_varlen_func(
         q: ``[T, Hq, D]``; k ``[T, Hk, D]``; v ``[T, Hk, Dv]``.
         cu_seqlens: int32 ``[documents + 1]``, boundaries of the parts in *this rank's* shard, equal on all ranks.
         max_seqlen: tokens of the longest part, at least.
+        dropout_p, softmax_scale, causal, window_size, alibi_slopes, deterministic, return_attn_probs, group: see
+            `ring_flash_attn_func`.
         layout, transport, kernel, softcap, learnable_sink, dropout_seed: see `ring_flash_attn_func`.
 
     Returns:
@@ -233,6 +237,8 @@ def llama3_flash_attn_varlen_func(
         q: ``[T, Hq, D]``; k ``[T, Hk, D]``; v ``[T, Hk, Dv]``.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, local_k_slice: as `llama3_flash_attn_prepare_cu_seqlens` gives them.
         heads_k_stride: key heads gathered at once, a divisor of `Hk`: fewer take less memory.
+        dropout_p, softmax_scale, causal, window_size, alibi_slopes, deterministic, return_attn_probs, group, kernel, softcap,
+            learnable_sink, dropout_seed: see `ring_flash_attn_func`.
 
     Returns:
         out ``[T, Hq, Dv]``, or ``(out, softmax_lse, None)``.

@@ -116,7 +116,7 @@ class _Call:
     first: tuple[int, int] = (0, 0)
 
     def _warn_if_one_of_many(self) -> None:
-        """Tokens in an order of shards, of which this process is told to be the only one."""
+        """Warn of tokens in the order of shards in a call that names no group, where there are ranks that may hold the others."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
                 f"{self.spec.name}: layout={self.settings.layout!r} without a process_group: these are taken to be whole, not "
@@ -162,7 +162,7 @@ class _Call:
         return dtensor.run(self.spec, q, k, v, self.extras, on_shards)
 
     def _transport(self, group: str) -> str:
-        """How rows travel; in a grid heads travel within the teams, and rows between them as the call says."""
+        """The transport of a call on `group`; in a grid heads travel within each team, and this says how rows go between teams."""
         asked, own = check_transport(self.settings.transport), self.spec.transport
         if own == "auto" or is_grid(group) or group == "local:1":
             return asked
@@ -237,7 +237,8 @@ def dense_attention(
         op: name of the front in `annotations.spec.SPECS`.
         settings: a `Settings` as a string.
         process_group: the ranks that share the sequence; None: this process alone.
-        ring_size: without a group, compute what the last rank of so many would, with zeros from the others: what a piece costs.
+        ring_size: without a group, compute the last rank's part of a ring of so many, on zeros in place of the others' rows: what
+            nnscaler profiles a piece by.
 
     Returns:
         out, or out and lse with ``return_attn_probs``.
@@ -271,9 +272,9 @@ _SHARED += ("transport", "kernel", "seq_len", "seq_len_k", "softcap", "dropout_s
 
 
 def _run(op: str, tensors: Sequence[Tensor | None], process_group: Group, shared: Sequence[Any], **own: Any) -> Result:
-    """Check the plain arguments of a front and run the op; tensors are not looked at, and kept apart.
+    """Check the plain arguments of a front and run the op. Tensors are not looked at, nor put into a container with others.
 
-    nnscaler traces through the fronts: what is computed from a container with a tensor goes into its graph.
+    nnscaler traces through the fronts, and would record in its graph whatever is computed from a container that holds a tensor.
     """
     given: dict[str, Any] = {}
     for name, value in (*zip(_SHARED, shared, strict=True), *own.items()):

@@ -154,6 +154,12 @@ def shuffle_varlen(
         cp_ranks: global ranks of the group; taken where `cp_group` is None.
         cp_group: the group; the default one where both are None.
 
+    Returns:
+        ``[T / P, ...]``, of the dtype of `t`.
+
+    Raises:
+        ValueError: `cp_ranks` and `cp_group` disagree, or the tokens are not as many as the boundaries give this rank.
+
     Example:
         >>> import torch
         >>> shuffle_varlen(torch.arange(4.0).view(4, 1), torch.tensor([0, 4], dtype=torch.int32)).flatten().tolist()
@@ -229,16 +235,14 @@ def wrap_zigzag_allgather_attn_varlen_func(
     _check_ring(enable_ring)
     if return_attn_probs or use_cute:
         raise NotImplementedError("return_attn_probs and use_cute must be False: take return_lse, and a kernel by its name")
-    Options(dropout_p=dropout_p, window_size=window_size)
-    settings = Settings(
-        softmax_scale=constant("softmax_scale", softmax_scale),
-        dropout_p=dropout_p,
-        causal=causal,
-        window_size=window_size,
-        deterministic=deterministic,
-        return_attn_probs=return_lse,
-    )
-    longest = "" if max_seqlen_q is None and max_seqlen_k is None else f"{max_seqlen_q},{max_seqlen_k}"
+    given: dict[str, Any] = {}
+    said = (("softmax_scale", softmax_scale), ("dropout_p", dropout_p), ("causal", causal), ("window_size", window_size))
+    for name, value in (*said, ("deterministic", deterministic), ("return_attn_probs", return_lse)):
+        given[name] = constant(name, value)
+    Options(**given)
+    settings = Settings(**given)
+    most_q, most_k = constant("max_seqlen_q", max_seqlen_q), constant("max_seqlen_k", max_seqlen_k)
+    longest = "" if most_q is None and most_k is None else f"{most_q},{most_k}"
     return zigzag_attention(
         *(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes),
         settings=str(settings),

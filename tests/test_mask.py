@@ -65,6 +65,8 @@ def test_a_mask_is_its_content() -> None:
     assert Mask([(0, 2, 0, 2)], 3) == Mask([(0, 2, 0, 2, -(1 << 60), 1 << 60)], 3), "no limit is no limit"
     with pytest.raises(ValueError, match="read-only"):
         a.table[0, 0] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        a.parts[0] = 1
     assert repr(a) == f"Mask([(0, 8, 0, 8, {-NO_LIMIT}, 0)], q_len=8, k_len=8)"
     assert "20 slices" in repr(build(20, cu_seqlens_q=np.arange(21)))
 

@@ -349,6 +349,14 @@ class OfAShape(Dense):
         return nnscaler_ring.wrap_sliding_window_attn_func(q, k, v, q.shape[1] // 4)
 
 
+class OfALength(Dense):
+    packed = True
+
+    def op(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        most = {"max_seqlen_q": q.shape[1], "causal": True}
+        return plugin.wrap_zigzag_allgather_attn_varlen_func(q[0], k[0], v[0], cu, cu, **most)
+
+
 class OfATensor(Dense):
     def op(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
         return nnscaler_ring.wrap_ring_attn_func(q, k, v, q.flatten()[0])
@@ -371,7 +379,7 @@ def refuse(rank: int, world_size: int, directory: Path) -> list[str]:
     with nnscaler_runtime("cpu"):
         import nnscaler
 
-        for model in (OfAGroup, OfNoKernel, OfAShape, OfATensor, OfTraining, Shuffled):
+        for model in (OfAGroup, OfNoKernel, OfAShape, OfALength, OfATensor, OfTraining, Shuffled):
             inputs = {"x": torch.zeros(B, S, 8, dtype=torch.float64), "cu": torch.tensor(TABLE, dtype=torch.int32)}
             config = nnscaler.ComputeConfig(2, 2, trace_strategy="cpu")
             policy = cut_the_op(0, 0 if model.packed else 1, [], but="shuffled_rows")
@@ -386,10 +394,11 @@ class TestCuts:
     pytestmark = needs_nnscaler
 
     def test_what_a_compiler_would_drop_or_find_late_is_refused(self, tmp_path: Path) -> None:
-        group, kernel, shape, tensor, training, order = run_ranks(refuse, 1, tmp_path)[0]
+        group, kernel, shape, length, tensor, training, order = run_ranks(refuse, 1, tmp_path)[0]
         assert "process_group=(0,) in a model that is cut: leave it out" in group
         assert "unknown kernel 'no such kernel'" in kernel
         assert "window_size is computed from shapes, tensors or self.training" in shape
+        assert "max_seqlen_q is computed from shapes, tensors or self.training" in length
         assert "softmax_scale is computed from shapes, tensors" in tensor
         assert "dropout_p is computed from shapes, tensors or self.training" in training
         assert "cut in other numbers of parts" in order

@@ -176,7 +176,7 @@ def run(spec: OpSpec, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[str, Tens
 
 
 def _extra(spec: OpSpec, cut: Cut, name: str, x: Tensor, q: Tensor) -> Tensor:
-    """The local part of a tensor besides q, k and v, cut with the dims that it shares with q; of one that fits the whole q."""
+    """The local part of a tensor besides q, k and v: it is given for the whole q, and is cut on the dims that it shares with q."""
     dims, size = spec.inputs[name][-x.dim() :], len(cut.dims)
     whole = x if isinstance(x, DTensor) else DTensor.from_local(x, cut.mesh, [Replicate()] * size, run_check=False)
     places: list[Placement] = []

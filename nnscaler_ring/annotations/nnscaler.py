@@ -40,13 +40,13 @@ def tracing() -> bool:
 
 
 def constant(name: str, value: Any) -> Any:
-    """A plain argument as code may look at it.
+    """A plain argument with a value that code may branch on, also while a model is traced.
 
     A `softmax_scale` that a model computes from shapes is a proxy while it is traced, and so is a ``dropout_p`` of
     ``rate if self.training else 0.0``, which is taken where both are 0.
 
     Raises:
-        ValueError: another argument that is one: the code that nnscaler writes would keep what it is for this length.
+        ValueError: another argument is a proxy: the code that nnscaler writes would keep its value for the length that is traced.
     """
     if not tracing():
         return value
@@ -63,7 +63,7 @@ def constant(name: str, value: Any) -> Any:
 
 
 def untouched(*results: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Empty results that are to be differentiated where one of the inputs `of` is."""
+    """These empty results, made to require a gradient where one of the inputs `of` does."""
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in of)
     return tuple(x.requires_grad_(grad) for x in results)
 

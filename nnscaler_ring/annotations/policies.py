@@ -76,6 +76,9 @@ def cut(**parts: int) -> Policy:
         parts: of ``batch``, ``sequence`` and ``heads``, in how many parts each. Where their product is less than the devices of a
             stage, the rest is replicas.
 
+    Raises:
+        ValueError: another name, or a number below 1; by the policy, what `pas_sequence` refuses.
+
     Example:
         >>> cut(sequence=4, heads=2).__name__
         'pas_sequence4_heads2'
@@ -149,9 +152,9 @@ def _staged(graph: Any, starts: Sequence[str]) -> list[Any]:
 
 
 def _let_sums_be_planned(stage: Any) -> None:
-    """Make what attention ops read of parameters, as sinks, results of an op: nnscaler then plans how gradients are summed.
+    """Put a multiref between attention ops and parameters that they read, as sinks: nnscaler then plans how gradients are summed.
 
-    Those of a parameter itself it sums over all devices or over none, see `_spread`; an attention op is cut as it is told.
+    The gradient of a parameter itself it sums over all devices or over none (see `_spread`), which not every cut of the op fits.
     """
     from nnscaler.ir.operator import IRFwOperation
 
@@ -166,7 +169,7 @@ def _is_at(path: str, name: str) -> bool:
 
 
 def _weights(nodes: Sequence[Any]) -> set[int]:
-    """The parameters, by the ids of the whole tensors, and what is made of parameters alone, as weights that are read twice."""
+    """Ids of whole tensors that are parameters, or made of parameters alone, as the multiref of a weight with two readers is."""
     found: set[int] = set()
     for node in nodes:
         given = [x for x in node.inputs() if _is_tensor(x)]
@@ -338,6 +341,9 @@ def write_partition_constraints(path: str | Path, allowed: Iterable[str] = ("seq
         path: the YAML file to write.
         allowed: of ``sequence``, ``heads`` and ``batch``.
         parent_module: the class of the closest module around the op, or any where empty.
+
+    Raises:
+        ValueError: another dim, or a `parent_module` that is no name.
 
     Example:
         >>> import tempfile

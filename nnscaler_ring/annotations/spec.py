@@ -84,7 +84,7 @@ class OpSpec:
 _DENSE = ("batch", "sequence", "heads", "dim")
 _PACKED = ("sequence", "heads", "dim")
 _EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType({"alibi_slopes": ("batch", "heads"), "learnable_sink": ("heads",)})
-"""What scores have of tensors besides q and k; the dims of one of fewer dims are the last."""
+"""Tensors besides q and k that scores are made of; one that is given with fewer dims has the last of these."""
 
 
 def _dense(name: str, layout: str = "contiguous", transport: str = "auto") -> OpSpec:

@@ -25,7 +25,7 @@ def asked() -> bool:
 
 
 FACTS = 17
-"""As many are compared, whatever the call: a rank whose own arguments are refused does not know which call the others make."""
+"""Numbers in each comparison, whatever the call: a rank whose own arguments are refused cannot know which call the others make."""
 
 
 _CAN_BE = "whether their own arguments can be"
@@ -41,7 +41,7 @@ def check_alike(transport: Transport, call: str, facts: Mapping[str, object], de
 
     Args:
         call: what a rank is about to do, for people.
-        facts: what it says of that, by names; in one order on all ranks. Compared by their `repr`. None of a rank whose own
+        facts: what it says of that, by names; in one order on all ranks. Compared by their `repr`. Empty on a rank whose own
             arguments are refused.
         device: where messages of these ranks live, or would if the group had a backend for it.
     """

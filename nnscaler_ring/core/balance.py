@@ -18,8 +18,8 @@ Ranks are dealt in turn, each its part of what is left, in tokens and in tiles. 
 fills up with the lightest tokens there are, as many tail rows as then fit: by the intermediate value theorem a rank can always
 meet the mean, so what is left has the same mean. This is zigzag, but over documents. It keeps traffic low: what a rank receives
 is about the place where its last piece of a document ends, so few ranks should hold late pieces, each as much as it can; short
-documents stay whole. What rows of tiles are too coarse for, whole documents of middling length and a last exchange of rows between
-ranks make even.
+documents stay whole. Where rows of tiles are too coarse to make ranks even, whole documents of middling length do, and a last
+exchange of rows between ranks.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def balanced(mask: Mask, world_size: int) -> Layout:
     segments = _Segments(mask, tile)
     builders = [lambda: even, lambda: layout.zigzag(length, world_size), lambda: _dealt(segments, share.tolist())]
     if len(segments.start) > 1:
-        builders[1:] = builders[:0:-1]
+        builders[1:] = builders[:0:-1]  # packed documents: dealing comes before zigzag
     tried: list[tuple[float, Layout]] = []
     for build in builders:
         held = build()

@@ -191,7 +191,7 @@ def _with_transport(
     tables: Sequence[Tensor | None],
     options: Options,
 ) -> Recipe:
-    """The recipe with heads travelling where that suits the mask and is left open; else it stays open, for each pass to choose."""
+    """The recipe with ``auto`` settled as `ALL_TO_ALL` where `best_transport` says so; else ``auto``, for each pass to choose."""
     transport = transport_of(recipe.group)
     world = transport.world_size
     if recipe.transport != "auto" or world == 1 or transport.inner > 1 or options.bias is not None or total[0] != total[1]:
@@ -241,7 +241,7 @@ def _in_graph(
 
 
 def whole_lengths(q: Tensor, k: Tensor, group: str, rows: Rows) -> tuple[int, int]:
-    """Query and key tokens of the whole sequence: as `rows` says, or so many shards like this rank's."""
+    """Query and key tokens of the whole sequence: as `rows` says, else this rank's tokens times the number of shards."""
     dim, shards = q.dim() - 3, 1 if is_local(group) else num_ranks(group)
     seq_len_k = rows.seq_len if rows.seq_len_k is None else rows.seq_len_k
     total_q = shards * q.shape[dim] if rows.seq_len is None else rows.seq_len
@@ -268,7 +268,7 @@ _GUARDS = TorchVersion(torch.__version__) >= "2.7"
 
 
 def traced(value: Any) -> Any:
-    """A plain argument for a function whose result a graph keeps: one that is a symbol as its value, for which the graph is then.
+    """A plain argument as a constant of the graph that is traced: the graph then holds for the value that a symbol has now.
 
     Under dynamic shapes every float is a symbol, also a default.
     """
@@ -277,7 +277,7 @@ def traced(value: Any) -> Any:
 
 @torch.compiler.assume_constant_result
 def _text(**said: Any) -> str:
-    """A recipe that says this as a string, made while a graph is traced."""
+    """The recipe with these fields as a string: a constant of the graph that is traced."""
     recipe = Recipe(**{**said, "window": check_window(said["window"])})
     check_names(recipe)
     transport = transport_of(recipe.group)
@@ -319,7 +319,7 @@ def total_attention(q: Tensor, k: Tensor, lse: Tensor, recipe: Recipe, options: 
 
 
 def _exactly(recipe: Recipe, qkv: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in the dtype of partial results where the kernel takes it: one that was asked for by its name may not."""
+    """q, k and v in the dtype of partial results where the kernel takes it, else as they are: one asked for by name may not."""
     q, k, v = (x.to(sum_dtype(x.dtype)).contiguous() for x in qkv)
     try:
         kernel_for(recipe, q, k, v)
@@ -343,9 +343,9 @@ def check(
 
 @contextmanager
 def announced(group: str, tensor: object = None) -> Iterator[None]:
-    """What is refused here is told to the ranks of the group that may not find it, and wait for this rank's word, if asked for.
+    """Where ranks compare their calls (see `agree`), tell the others of an error in this block, which they may not find themselves.
 
-    Ranks meet where a tensor of the call is, of which this may be none.
+    They would else wait for this rank's facts. Ranks meet on the device of `tensor`, on the CPU where that is no tensor.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """Who reads which key/value rows, and the way of a row from reader to reader round the ring.
 
-The address of a key row is its position where layouts have stride 1, so that what a rank reads is few intervals whoever holds it;
-elsewhere the number of the row if all ranks' rows are counted through.
+Every key row has an *address*: for layouts of stride 1 its position, so that what a rank reads is few intervals, whoever holds it;
+for other strides the number of the row when the rows of rank 0, 1, 2 ... are counted through.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def captures(device: torch.device) -> bool:
-    """What is sent to the device now is not run, but captured as a CUDA graph."""
+    """Whether work that is sent to the device now is not run, but captured as a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -51,7 +51,7 @@ Maker = Callable[..., Sequence[np.ndarray]]
 
 
 def resident(make: Maker, device: torch.device, *about: Hashable) -> Sequence[Tensor]:
-    """The tables ``make(*about)`` on a device, those that come again made once and, where they may stay, sent once.
+    """The tables ``make(*about)`` on a device: made once for each `about`, and sent once where they may stay.
 
     Nobody writes to them.
     """
@@ -93,7 +93,7 @@ _HOST, _DEVICE = _Lately(64 << 20), _Lately(64 << 20)
 
 
 def _may_stay(device: torch.device) -> bool:
-    """What is sent now can be read by later calls.
+    """Whether later calls may read what is sent to the device now.
 
     Those on other streams than the default one would not wait for it, and what is allocated on them may be in the memory of a CUDA
     graph: torch.compile warms one up on a stream of its own.

@@ -189,8 +189,8 @@ def attention_backward(
     """dq, dk and dv of `attention`, from its result over all keys and its log-sum-exp; each call recomputes its weights.
 
     Args:
-        saved: ``d_out, q, k, v, out, lse`` and the third result of `attention`; where there is one, only the shapes of q to lse
-            are read.
+        saved: ``d_out, q, k, v, out, lse`` and the tensors of the third result of `attention`; where there are some, they are read
+            in place of q, k, v, out and lse, of which only shapes count.
         d_lse: the gradient of lse, or None.
         tables: its ``cu_q, cu_k, slices, alibi, bias, sink``.
         total, scale, seed, recipe: its own.
@@ -241,7 +241,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[
     out, lse, kept = output
     read = [q, k, v, out, lse]
     if kept:
-        read = [x.new_empty(0, *x.shape) for x in read]  # shapes, in no memory, wherever what is saved is put
+        read = [x.new_empty(0, *x.shape) for x in read]  # shapes alone: no memory, also where saved tensors are offloaded
     ctx.save_for_backward(*read, *tables, *kept)
     ctx.mark_non_differentiable(*kept)
     ctx.rest = inputs[9:]

@@ -42,10 +42,10 @@ def together() -> ModuleType:
 
 
 AGAIN, MORE = 1, 2
-"""Of rows that a kernel puts together in place: something has come before, which it reads; more is to come."""
+"""Bits of the state of rows that a kernel puts together in place: some came before, which it reads; more is to come."""
 
 HERE, DONE = 1, 2
-"""Of rows: what has come is in the memory, or it was all and is where it ends. 0: nothing has come."""
+"""What has come for a row: some, the sum of which is in the memory; all, and the end is stored; 0 stands for nothing."""
 
 
 class Place(NamedTuple):
@@ -53,8 +53,8 @@ class Place(NamedTuple):
 
     Attributes:
         end: ``[B, L, H, D]``, for rows to which no more is to come, in the dtype of the result.
-        total: the same in the exact dtype, for rows to which more is to come, and what rows had `AGAIN`; None where there are none
-            of them. It may be `end`.
+        total: the same in the exact dtype, which is read for rows that are `AGAIN` and written for rows to which `MORE` is to come;
+            None where there are no such rows. It may be `end` itself.
         rows: ``[n, 3]`` ``(lo, hi, state)``: the kernel's rows, ordered, by `AGAIN` and `MORE`.
         lse: of results, ``[B, H, L]``.
     """
@@ -101,7 +101,7 @@ class Pieces:
             assert seen != DONE or not found, "no more was to come"
 
     def besides(self, part: Part) -> Pieces:
-        """With a part that has all rows, as they lie."""
+        """These pieces with one more part, which has all rows in their order."""
         source = [[*starts, lo] for starts, lo in zip(self.source, self.cuts, strict=False)]
         return replace(self, parts=[*self.parts, part], source=source)
 
@@ -131,9 +131,9 @@ class Scattered:
         return np.any(self.source >= 0, axis=1)
 
     def groups(self, most: int) -> Iterator[tuple[Scattered, np.ndarray, bool]]:
-        """Pieces that have up to `most` of the parts between them, which they are, and whether that is all that they have.
+        """Groups of pieces with up to `most` parts between them: with these parts alone, which pieces they are, whether it is all.
 
-        A piece that has more by itself comes again.
+        A piece that has more parts than `most` is in several groups, one after the other.
         """
         there = self.source >= 0
         kinds, kind = np.unique(there, axis=0, return_inverse=True)
@@ -151,7 +151,7 @@ class Scattered:
                 yield pieces, which, n + most >= len(columns)
 
     def table(self, which: np.ndarray, device: torch.device) -> Tensor:
-        """Of the rows of some pieces, one by one: where it lies, again if something came before, and in each part; else -1.
+        """For each row of some pieces: its number, its number again if something came before, and its row in each part; else -1.
 
         int32 ``[rows, 2 + parts]``.
         """
@@ -162,7 +162,7 @@ class Scattered:
 
 
 def _row_by_row(columns: int, pieces: bytes) -> Sequence[np.ndarray]:
-    """The table of pieces with so many rows that begin so in each of its columns."""
+    """`Scattered.table` of pieces as int64 bytes: of each its number of rows, and its first in each column of the table."""
     size, *first = np.frombuffer(pieces, dtype=np.int64).reshape(-1, columns).T
     starts, within = np.repeat(np.column_stack(first), size, axis=0), ranges(np.zeros_like(size), size)
     return [np.where(starts < 0, -1, starts + within[:, None]).astype(np.int32)]
@@ -263,7 +263,7 @@ class Held(ABC):
         return self.most > 1 and launches > 1
 
     def _pieces(self, lo: int, hi: int) -> Pieces:
-        """The rows ``lo:hi`` and what is held for them, no longer."""
+        """The rows ``lo:hi`` in pieces with what was held for them, which no longer is."""
         inside, self._held = self._held, []
         if hi - lo < len(self._seen):
             rest = [layer.within(*outside) for layer in inside for outside in ((0, lo), (hi, len(self._seen)))]
@@ -338,7 +338,7 @@ def _layers(intervals: np.ndarray, part: Part) -> list[Layer]:
 
 
 def _deepest(held: Sequence[Layer]) -> int:
-    """How many parts the row has that has most."""
+    """The greatest number of parts that any one row has."""
     depth = most = 0
     for _, step in sorted((end, step) for layer in held for lo, hi, _ in layer.at for end, step in ((lo, 1), (hi, -1))):
         depth += step

@@ -17,7 +17,7 @@ import numpy as np
 from .intervals import ranges
 
 PACKINGS = 64
-"""Rows of documents for which masks, layouts and plans are kept: a million tokens of a thousand documents take up to 14 MB."""
+"""Packings whose masks, layouts and plans are cached: one of a million tokens in a thousand documents takes up to 14 MB."""
 
 
 class Layout:
@@ -52,9 +52,9 @@ class Layout:
         self.length, self.world_size, self.stride = int(length), int(world_size), int(stride)
         self.counts = np.bincount(runs[:, 0], weights=runs[:, 2], minlength=world_size).astype(np.int64)
         self.number0 = np.cumsum(runs[:, 2]) - runs[:, 2]
-        """Number of each run's first row if all ranks' rows are counted through."""
+        """Number of each run's first row when the rows of rank 0, 1, 2 ... are counted through, from 0 on."""
         self.rank0 = np.cumsum(self.counts) - self.counts
-        """The same of each rank."""
+        """Number of each rank's first row in the same count."""
         self.row0 = self.number0 - self.rank0[runs[:, 0]]
         """Local row of each run's first position."""
         self.ascends = stride == 1 or len(np.unique(runs[:, 0])) == len(runs)

@@ -45,7 +45,7 @@ def merge_all_(out: Tensor, lse: Tensor, parts: Sequence[Part], fresh: bool, int
 def empty_lse(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for the log-sum-exp ``[B, L, H, 1]`` of ``[B, L, H, ...]``.
 
-    It lies heads first, as kernels give it; where results are merged op by op, as they lie, which makes torch's loops longer.
+    In memory heads come before rows, as kernels give it; rows before heads, as in `like`, where torch ops merge: longer loops.
     """
     batch, rows, heads = like.shape[:3]
     if at_once(like.device.type) == 1:

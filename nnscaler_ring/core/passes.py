@@ -168,7 +168,10 @@ def shape_of(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor) -> Shape:
 
 
 def _heads(stride: int, heads: int, heads_k: int, most: int) -> list[tuple[slice, slice]]:
-    """Query heads and key heads that are computed together; as many pieces as a rank with `most` key heads has."""
+    """Query and key heads that are computed together, `stride` key heads at a time (0: all), as slices.
+
+    As many as the rank with `most` key heads has, the last ones empty if need be: all ranks make the same number of exchanges.
+    """
     group, stride = heads // max(heads_k, 1), stride or max(most, 1)
     cuts = [min(n, heads_k) for n in (*range(0, max(most, 1), stride), most)]
     return [(slice(lo * group, hi * group), slice(lo, hi)) for lo, hi in pairwise(cuts)]
@@ -270,7 +273,7 @@ def _attend(
 
 
 def _less(one: Tensor, other: Tensor) -> Tensor:
-    """A difference of log-sum-exps; -inf of two that are -inf: there is nothing."""
+    """A difference of log-sum-exps; -inf, not NaN, where both are -inf: neither has seen a key."""
     return (one - other).masked_fill_((one == other) & (one == float("-inf")), float("-inf"))
 
 
@@ -287,7 +290,7 @@ Gradients = Generator[Exchange, Wait, tuple[Tensor | None, ...]]
 def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept: Saved, extras: Extras, d_bias: bool) -> Gradients:
     """One rank's backward walk over ``d_out, q, k, v, out, lse``: dq, dk, dv, d_bias and d_sink of its rows, None where not there.
 
-    With what the forward walk `kept`, all but d_out tell shapes only.
+    Where the forward walk `kept` something, that is read: of the others only d_out has content, the rest have shapes alone.
     """
     if job.inner == 1:
         return (yield from _differentiate_attend(job, plan, d_lse, saved, extras, d_bias, saved[2].shape[2]))

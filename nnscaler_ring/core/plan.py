@@ -205,7 +205,7 @@ def _messages(peer: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[Message
 
 
 def _in_parts(peer: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[Message, ...]:
-    """`_messages` of rows that lie end to end with their sender and with their receiver, in parts if these are few and long."""
+    """`_messages`, each in parts that are one interval with sender and receiver where these are few (`PARTS`) and long (`LONG`)."""
     sizes = {p: tuple((hi - lo)[peer == p].tolist()) for p in np.unique(peer).tolist()}
     return tuple(
         replace(m, parts=sizes[m.peer]) if 1 < len(sizes[m.peer]) <= PARTS and min(sizes[m.peer]) >= LONG else m
@@ -214,7 +214,7 @@ def _in_parts(peer: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[Message
 
 
 PARTS, LONG = 4, 32
-"""Parts of a message, and rows of each, up to and from which they are sent by themselves."""
+"""The most parts of a message, and the fewest rows of each, with which they are sent by themselves."""
 
 
 def _in_buffer(bands: np.ndarray, buffer: np.ndarray) -> np.ndarray:
@@ -233,7 +233,7 @@ def _calls(bands: np.ndarray, memory: np.ndarray, part: np.ndarray, memories: in
     if not len(bands):
         return [()] * memories
     parts = int(part.max()) + 1
-    apart = 4 * (int(bands[:, :4].max()) + 1)  # rows between what may not join: so many that no band reaches over two
+    apart = 4 * (int(bands[:, :4].max()) + 1)  # moved apart by so many rows, bands of different memories or parts never join
     bands = join(np.stack(trim(*_shifted(bands, (memory * parts + part) * apart).T), axis=1))
     number = bands[:, 0] // apart
     bands = _shifted(bands, -number * apart)

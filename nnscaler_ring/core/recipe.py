@@ -34,9 +34,9 @@ class Recipe:
         far: keys so many tokens before a query or more are scored by the second half of q's and k's features; None for no halves.
         batch0, head0: numbers of the first batch row and head in the whole model, where ranks have others besides.
         reduce_dtype: name of the dtype in which gradients of keys and values travel; fp32 (float64 for float64) where empty.
-        returns_lse: the log-sum-exp is given out, so that it may have a gradient, on one rank or on all.
-        rank: this process's in the group, in a graph whose shapes depend on it: torch keeps compiled graphs on disk, for all ranks
-            of a machine, and finds them by what they contain. Nothing else looks at it.
+        returns_lse: the caller gets the log-sum-exp, which may then have a gradient, on one rank or on all.
+        rank: this process's rank, in graphs whose shapes depend on it: torch keeps compiled graphs on disk for all ranks of a
+            machine and finds them by their content, so this must differ. Nothing reads it; 0 elsewhere.
     """
 
     group: str = "local:1"

@@ -175,8 +175,8 @@ def _gradient_rows(walk: RankPlan, t: int) -> int:
 def step_bytes(walk: RankPlan, t: int, shape: Shape, at_once: int, backward: bool) -> float:
     """What a step reads and writes besides its calls: results merged, or gradients added up, `at_once` of a row in one pass.
 
-    Of each part its own bytes, and of the sum in fp32, which is read and written, a share. Gradients of rows that came from others
-    are made fp32 to travel, with what has arrived for them. Copies that lead to and from messages are left out.
+    Each part counts with its own bytes and its share of reading and writing the sum in fp32. Gradients of rows that came from
+    others are made fp32 to travel, with what has arrived for them. Copies into and out of messages are left out.
     """
     step, total = walk.steps[t], 8 / at_once
     merged = sum(int((b[:, 1] - b[:, 0])[b[:, 2] == 0].sum()) for b in (calls.blocks for calls in step.calls))
@@ -258,6 +258,8 @@ def report(
         mask: who sees whom.
         held: which rank holds which tokens.
         transport: a name in `plan.TRANSPORTS`, ``auto`` for what `row_transport` says, ``all_to_all`` for heads over all ranks.
+        shape: the layer.
+        speed, network: as in `SPEEDS` and `NETWORKS`.
         inner: ranks of a team that share heads, in a grid.
         most: in a larger world only the ranks with the most pairs and rows, the first, the middle and the last are planned.
 
@@ -375,8 +377,8 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
     """``all_to_all`` if it clearly takes less time for both passes than moving keys and values as `plan.choose` says, else that.
 
     A ring hides its rows behind all calls but the first, a halo behind the calls on own rows, an exchange for heads behind nothing;
-    but it alone evens out the work of a layout that does not, as far as heads divide: the rank with most is waited for. What is
-    told of the exchange is its timeline; of the others, which take longer to plan, what they take at least.
+    but it alone evens out the work of a layout that does not, as far as heads divide: the rank with most is waited for. The
+    exchange is judged by its timeline, the others, which take longer to plan, by a lower bound of theirs.
 
     Example:
         >>> from nnscaler_ring.core import layout, mask
@@ -407,4 +409,4 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
 
 
 CLEARLY = 1.1
-"""By how much a modelled time must be less."""
+"""The factor by which the modelled time of `ALL_TO_ALL` must be below the others'."""

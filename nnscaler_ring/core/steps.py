@@ -23,8 +23,8 @@ class Message:
     """Rows ``[n, 2]`` of a buffer, as ordered intervals, that go to or come from `peer` (a rank of the group).
 
     Attributes:
-        parts: how many rows each part has in which it travels, where there are several; the same to sender and receiver. Each is
-            one interval to both, so that neither copies it.
+        parts: rows of each part, where the message travels in several: the same for sender and receiver, and each part one
+            interval on both sides, so that neither copies it.
     """
 
     peer: int
@@ -90,7 +90,7 @@ class Step:
         receive: rows of this buffer.
         own: ``[n, 4]`` ``(lo, hi, start, end)``: rows ``lo:hi`` of the own shard that the buffer holds, too, from `start` to `end`.
         at: where in its memory the buffer starts.
-        room: rows of the memory that begins here; 0 where it goes on, the step before not having ended it, and where nothing comes.
+        room: rows of the memory that begins with this step; 0 where it goes on with that of the step before, or nothing comes.
         ends: the memory is full with this step: calls run, gradients leave.
         calls: what runs then, on rows of the memory.
         holds: ``[n, 4]`` ``(origin, lo, hi, start)``: which rows the memory then holds, and where.

@@ -23,8 +23,8 @@ class Share:
     """The heads of one rank: query heads ``q`` and key heads ``k``, each ``(first, end)``.
 
     Attributes:
-        repeats: for each key head that is computed with, its place in ``k``: longer than ``k`` where the rank's query heads are
-            not the same number for each of its key heads.
+        repeats: the key heads that a kernel gets, each by its place in ``k``. Kernels want as many query heads for each: where the
+            rank's key heads serve different numbers of them, some key heads come more than once.
     """
 
     q: tuple[int, int]

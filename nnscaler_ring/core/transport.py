@@ -26,7 +26,7 @@ from torch import Tensor
 class Exchange:
     """Tensors to send to peers and buffers to fill from them, as ``(rank in the group, tensor)``; both contiguous.
 
-    `device` is where all ranks' tensors of this exchange live, for a rank that has none; None where every rank has some.
+    `device` is where the tensors of all ranks are, which a rank without any cannot tell; None where every rank has some.
     """
 
     send: Sequence[tuple[int, Tensor]]
@@ -154,8 +154,8 @@ class OneRank(Transport):
 def _wait_at_exit() -> None:
     """Before Python ends, leave the interpreter for a moment to the threads of groups on the CPU.
 
-    The thread that drops the tensors of a group's last message aborts the process where it needs the interpreter when that has
-    begun to end (pytorch#190489). It would have been joined if nothing referred to the group, but torch's caches do.
+    The thread that frees the tensors of a group's last message needs the interpreter for it, and aborts the process if that is
+    shutting down already (pytorch#190489). It would have been joined if nothing referred to the group, but torch's caches do.
     """
     atexit.register(time.sleep, 0.2)
 

@@ -82,8 +82,8 @@ def _strides(shape: Sequence[int]) -> list[int]:
 def outgoing(own: KV, messages: Sequence[Message]) -> Callable[[np.ndarray], KV]:
     """`KV.take` of the own shard for the rows that messages are about, contiguous.
 
-    What several peers want is put together once. Where rows do not lie end to end, as with several batch rows, those that messages
-    are about are copied, or all between the first and the last of them if that is not more.
+    Rows that several peers want are put together once. Rows that are not contiguous in memory, as with several batch rows, are
+    copied: message by message, or once from the first to the last row of any message where that copies no more.
     """
     wanted = {m.rows.tobytes(): m.rows for m in messages}
     bounds = np.concatenate([np.empty((0, 2), dtype=np.int64), *wanted.values()])
@@ -127,7 +127,7 @@ class KVSums:
 
 
 def room(data: Tensor, rows: np.ndarray) -> Tensor:
-    """Where the rows of some intervals are received: right there if it is one interval, else `put` stores them."""
+    """What to receive the rows of some intervals in: their place in `data` if it is one interval, else a tensor for `put`."""
     if len(rows) != 1:
         return data.new_empty(int((rows[:, 1] - rows[:, 0]).sum()), *data.shape[1:])
     lo, hi = rows[0].tolist()
@@ -232,7 +232,7 @@ def _send_home(
 
 
 def _in_pieces(own: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Own rows and where a buffer has them, one interval after the other, which are copied once; many at once by an index."""
+    """Own rows and their places in a buffer: interval by interval, which is one copy each, or all at once where they are many."""
     pieces = [own] if len(own) > MANY else [own[n : n + 1] for n in range(len(own))]
     return ((piece[:, :2], piece[:, 2:]) for piece in pieces)
 

@@ -75,7 +75,7 @@ def _has_rows(x: Any) -> bool:
 
 
 def content_of(x: Tensor | None) -> str | None:
-    """The same for tensors of one shape, dtype and content."""
+    """A short string that tensors of one shape, dtype and content share."""
     if x is None:
         return None
     data = x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
@@ -83,6 +83,7 @@ def content_of(x: Tensor | None) -> str | None:
 
 
 def alike(one: Tensor, other: Tensor | None) -> bool:
+    """Whether two tables hold the same numbers, in whatever dtype."""
     return other is not None and one.tolist() == other.tolist()
 
 

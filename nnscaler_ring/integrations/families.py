@@ -109,7 +109,7 @@ def check_config(config: Any, world_size: int) -> None:
 
 
 def _rope_types(config: Any) -> set[str]:
-    """Of the layers."""
+    """The kinds of RoPE that a config has, for all layers or for some."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return {str(each.get("rope_type", each.get("type"))) for each in (rope, *rope.values()) if isinstance(each, Mapping)}
 

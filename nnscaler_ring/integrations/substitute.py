@@ -92,7 +92,10 @@ def update_ring_flash_attn_params(cu_seqlens: Tensor, process_group: dist.Proces
 
 
 def use_ring_attn(flag: bool) -> None:
-    """Whether `substitute_hf_flash_attn` is in force; False: transformers' own attention, on each rank's tokens alone.
+    """Whether `substitute_hf_flash_attn` is in force.
+
+    Args:
+        flag: False: transformers' own attention, on each rank's tokens alone.
 
     Example:
         >>> use_ring_attn(True)

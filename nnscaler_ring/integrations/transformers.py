@@ -420,7 +420,7 @@ def _takes_shift_labels() -> bool:
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:
-    """The same for a tensor and a detached one, as recomputation makes it; another after it was written to."""
+    """A key that a tensor shares with its detached self, as recomputation makes it, and loses when it is written to."""
     return x.data_ptr(), tuple(x.shape), x.stride(), None if x.is_inference() else x._version
 
 
@@ -452,7 +452,7 @@ def refuse_masks(
 
 
 def _widened(mask_function: Any, seen: frozenset[int] = frozenset()) -> bool:
-    """A mask of transformers, which is functions in closures of functions, shows what the one that layers tell would hide."""
+    """Whether a mask of transformers, functions in closures of functions, has an ``or_masks``: it shows more than layers tell."""
     if id(mask_function) in seen:
         return False
     if getattr(mask_function, "__qualname__", "").startswith("or_masks"):

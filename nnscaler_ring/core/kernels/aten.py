@@ -144,9 +144,9 @@ class AtenCuda(Packed):
 
 
 LONG, UNIT = 1024, 128
-"""Rows and keys from which a span is worth a call of cuDNN's own, not measured, and what they are multiples of: a call of another
-size takes it half a second to prepare, for each length of a document (FunASR#3704), and sizes that are not have been wrong
-(pytorch#196678)."""
+"""The fewest rows and keys for which a span gets a call of cuDNN by itself (not measured), and what both must be multiples of:
+cuDNN prepares each size that is new for half a second, so every length of a document (FunASR#3704), and results of sizes that are
+no multiples have been wrong (pytorch#196678)."""
 
 
 def suits_cudnn(q: Tensor, size: tuple[int, int], window: Window, deterministic: bool) -> bool:

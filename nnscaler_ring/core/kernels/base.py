@@ -99,7 +99,7 @@ def philox(q_at: Tensor, k_at: Tensor, head: Tensor, batch: Tensor, seed: int) -
 
 
 def _unit(x: Tensor) -> Tensor:
-    """The least power of 2 from 1 on by which `x` is to be divided that fp16 holds it, as far as fp16 holds that."""
+    """The least power of 2, 1 or more, by which `x` must be divided to fit into fp16; itself one that fits."""
     most = 2.0**15
     return torch.exp2(torch.ceil(torch.log2(x.abs().amax() / most))).nan_to_num_(nan=1.0).clamp_(1.0, most)
 
@@ -129,7 +129,7 @@ class Kernel(ABC):
 
     name: str
     label: str = ""
-    """Which of several with this name on one device."""
+    """Tells backends of one name and device apart, as versions of a library."""
     features: frozenset[str] = frozenset()
     """What it has of `Scores.features`."""
     takes_d_lse: bool = False
@@ -171,11 +171,11 @@ class Kernel(ABC):
         results.add(coalesce(spans[:, :2]), out, lse.transpose(1, 2).unsqueeze(3))
 
     def differentiate(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        """`backward`, for any backend with the gradient of the log-sum-exp.
+        """`backward` with the gradient of the log-sum-exp, also for a backend that does not take one.
 
-        Without it in the backend all keys get a value of 1 besides theirs, of which `d_lse` is the gradient; its part of `out`,
-        which is counted in `d_lse`, is 0. So such a backend has no dropout, and values one wider. The value is a power of 2 above 1
-        where fp16 would not hold `d_lse`.
+        Such a backend gets one more column: 1 in v and `d_lse` in d_out, which adds `d_lse` to the gradient of every weight, and 0
+        in out, so that ``out . d_out`` stays as it is. So it must be without dropout, and take values one wider. In place of 1
+        stands a power of 2 where fp16 would not hold `d_lse`.
         """
         if grad.d_lse is None or self.takes_d_lse:
             self.backward(grad, k, v, spans, window, scores)

@@ -78,7 +78,7 @@ class Read(NamedTuple):
 
 
 WORTH = 16 << 20
-"""Bytes to copy for which another launch is worth it: there and back in 8 us at 4 TB/s."""
+"""Bytes of copies that are worth one launch more to avoid: read and written in 8 us at 4 TB/s."""
 
 
 class Packed(Kernel):
@@ -100,8 +100,8 @@ class Packed(Kernel):
     def groups(self, q: Tensor, k: Tensor, spans: Spans, window: Window, deterministic: bool) -> list[Spans]:
         """The spans of each call of the library.
 
-        Here all in one, or those that lie end to end where gathering the others' rows for one call takes longer than a call more
-        and a copy of what the calls give for rows that are all there.
+        Here all in one call; or a call for each stretch of spans that lie end to end, where gathering the rows of all takes longer
+        than the calls more, and than putting together what they give for rows that need no gathering.
         """
         apart = (spans[1:, 0] != spans[:-1, 1]) | (spans[1:, 2] != spans[:-1, 3])
         of_rows, of_keys = spans[:, 1] - spans[:, 0], 2 * (spans[:, 3] - spans[:, 2])

@@ -26,7 +26,7 @@ class Tiled(Kernel):
     shares_heads = True
     """Both passes take fewer key heads than query heads."""
     merges_exactly = False
-    """What is merged is computed in fp32, not rounded before, and its log-sum-exps summed in float64: where that is no slower."""
+    """Results that are to be merged are computed in fp32, their log-sum-exps added up in float64: set where that is no slower."""
 
     @abstractmethod
     def attend(self, read: Sequence[Tensor], causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ class Tiled(Kernel):
         return out[..., :head_dim_v], lse
 
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
-        heads_k, (all_q, all_k, all_v) = k.shape[2], grad.totals
+        all_q, all_k, all_v = grad.totals
         q, k, v, out, d_out = pad(grad.q, k, v, grad.out, grad.d_out)
         k, v = self._heads_as(q, k), self._heads_as(q, v)
         for i0, i1, j0, j1 in spans.tolist():
@@ -58,9 +58,9 @@ class Tiled(Kernel):
                     read = [*(_rows(x[b], at) for x in (d_out, q)), *(_keys(x[b], at) for x in (k, v)), _rows(out[b], at)]
                     lse = _tiled(grad.lse[b].transpose(1, 2).unsqueeze(3), at.i0, at.i1, at).squeeze(3)
                     dq, dk, dv = self._run_backward(at.kind, read, lse, mask, scores.scale)
-                    _add_rows(all_q[b], dq, at)
-                    _add_keys(all_k[b], dk, at, heads_k)
-                    _add_keys(all_v[b], dv, at, heads_k)
+                    _add(all_q[b], dq, at.i0, at.i1, at)
+                    _add(all_k[b], dk, at.j0, at.j1, at)
+                    _add(all_v[b], dv, at.j0, at.j1, at)
 
     def _span(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor]:
         """One span's result: that of its one piece, or its pieces merged in fp32."""
@@ -131,25 +131,18 @@ def _keys(x: Tensor, piece: Piece) -> Tensor:
     return _tiled(x, piece.j0, piece.j1, piece)
 
 
-def _add_rows(total: Tensor, part: Tensor, piece: Piece) -> None:
-    part, step = part.transpose(1, 2)[..., : total.shape[-1]], piece.i1 - piece.i0
-    if piece.repeat == 1:
-        total[:, piece.i0 : piece.i1] += part
-    else:
-        total[0, piece.i0 : piece.i0 + step * piece.repeat] += part.flatten(0, 1)
-
-
-def _add_keys(total: Tensor, part: Tensor, piece: Piece, heads_k: int) -> None:
-    """Add a piece's dk or dv; the repeats' keys overlap, so they are added one after the other."""
-    if part.shape[1] != heads_k:
-        part = part.unflatten(1, (heads_k, -1)).sum(2)
-    part, head_dim = part.transpose(1, 2), total.shape[-1]
-    if piece.repeat == 1:
-        total[:, piece.j0 : piece.j1] += part[..., :head_dim]
-        return
+def _add(total: Tensor, part: Tensor, lo: int, hi: int, piece: Piece) -> None:
+    """Add the gradient of a piece's rows or keys ``lo:hi`` and of its repeats; a key head's is the sum over its query heads."""
+    heads, width = total.shape[2:]
+    part = (part if part.shape[1] == heads else part.unflatten(1, (heads, -1)).sum(2)).transpose(1, 2)[..., :width]
     step = piece.i1 - piece.i0
-    for n in range(piece.repeat):
-        total[0, piece.j0 + n * step : piece.j1 + n * step] += part[n, ..., :head_dim]
+    if piece.repeat == 1:
+        total[:, lo:hi] += part
+    elif hi - lo == step:
+        total[0, lo : lo + step * piece.repeat] += part.flatten(0, 1)
+    else:  # keys of repeats overlap: one after the other
+        for n in range(piece.repeat):
+            total[0, lo + n * step : hi + n * step] += part[n]
 
 
 def _mask(piece: Piece, like: Tensor) -> Tensor | None:

@@ -251,8 +251,8 @@ def _constants(q: Tensor, v: Tensor, blocks: Blocks) -> dict[str, Any]:
 
 
 def shares(d_bias: Tensor | None, batch: int, heads: int, deterministic: bool) -> tuple[int | None, bool]:
-    """How many heads of a tile one launch may have, None for all, that no two programs add to one gradient of the bias; and whether
-    they add atomically instead."""
+    """How many heads of a tile may be in one launch so that no two of its programs add to one number of the bias's gradient (None:
+    all), and whether programs add atomically instead."""
     if d_bias is None or (batch == 1 and d_bias.shape[0] == heads):
         return None, False
     if not deterministic:
