@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from dataclasses import fields, replace
 from itertools import combinations
 from numbers import Integral
@@ -38,7 +36,7 @@ from .core.mask import Mask, check_cu_seqlens
 from .core.recipe import Recipe, content, layout_of
 from .core.relayout import gather
 from .core.transport import num_ranks, rank_in
-from .launch import detect
+from .launch import warn_if_alone
 
 KNOWN = tuple(sorted({field.name for field in fields(Options)} - {"softmax_scale", "causal", "far"}))
 """Options of `ContextParallel.attention` by keyword."""
@@ -59,22 +57,6 @@ def _tokens(x: Tensor, dim: int) -> int:
     if not isinstance(dim, Integral) or not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim={dim!r}: x has shape {tuple(x.shape)}")
     return x.shape[dim]
-
-
-def _warn_if_alone() -> None:
-    """A process that was started as one of many, and has joined no group, computes by itself what the others compute too."""
-    if dist.is_initialized():
-        return
-    try:
-        launch = detect({"LOCAL_RANK": "0", **os.environ})  # which does not matter here
-    except ValueError:  # what says so may have been left by something else
-        return
-    if launch.world_size > 1:
-        warnings.warn(
-            f"this process is one of {launch.world_size} ({launch.launcher}), but there is no process group, so ContextParallel is "
-            "this process alone: call torch.distributed.init_process_group() or nnscaler_ring.launch.setup_mpi_distributed() first",
-            stacklevel=3,
-        )
 
 
 PARTS = 4
@@ -121,7 +103,7 @@ class ContextParallel:
         heads_k_stride: int = 0,
     ) -> None:
         if group_or_mesh is None:
-            _warn_if_alone()
+            warn_if_alone("ContextParallel")
         name = _mesh_name(group_or_mesh) if isinstance(group_or_mesh, DeviceMesh) else group_name(group_or_mesh)
         if reduce_dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"reduce_dtype={reduce_dtype}: give a floating dtype of 2 bytes or more, or None for fp32")

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .core.call import (
+    Group,
     Options,
     Result,
     Rows,
@@ -35,6 +36,15 @@ from .core.mask import NO_LIMIT, Mask, check_window
 from .core.recipe import Recipe
 from .core.transport import num_ranks, resolve_group, transport_of
 from .fronts import fixed, packed
+from .launch import warn_if_alone
+
+
+@torch.compiler.assume_constant_result
+def _group(group: Group) -> str:
+    """The name of the group whose ranks pass shards."""
+    if group is None:
+        warn_if_alone("this attention", stacklevel=4)
+    return group_name(group)
 
 
 def ring_flash_attn_func(
@@ -84,7 +94,7 @@ def ring_flash_attn_func(
         >>> ring_flash_attn_func(q, k, v, causal=True).shape
         torch.Size([1, 16, 4, 8])
     """
-    recipe = Recipe(group=group_name(group), layout=layout, transport=transport, kernel=kernel)
+    recipe = Recipe(group=_group(group), layout=layout, transport=transport, kernel=kernel)
     options = Options(
         softmax_scale=softmax_scale,
         dropout_p=dropout_p,
@@ -144,7 +154,7 @@ def ring_flash_attn_varlen_func(
         >>> ring_flash_attn_varlen_func(q, k, v, cu_seqlens, 10, causal=True).shape
         torch.Size([16, 4, 8])
     """
-    recipe = Recipe(group=group_name(group), layout=layout, transport=transport, kernel=kernel)
+    recipe = Recipe(group=_group(group), layout=layout, transport=transport, kernel=kernel)
     options = Options(
         softmax_scale=softmax_scale,
         dropout_p=dropout_p,
@@ -259,7 +269,7 @@ def llama3_flash_attn_varlen_func(
         raise ValueError(f"heads_k_stride={heads_k_stride!r} must divide the {k.shape[-2]} key heads")
     if not isinstance(local_k_slice, slice):
         raise ValueError(f"local_k_slice={local_k_slice!r}: give the slice that llama3_flash_attn_prepare_cu_seqlens returns")
-    recipe = Recipe(group=group_name(group), transport="broadcast", kernel=kernel, heads_stride=heads_k_stride)
+    recipe = Recipe(group=_group(group), transport="broadcast", kernel=kernel, heads_stride=heads_k_stride)
     options = Options(
         softmax_scale=softmax_scale,
         dropout_p=dropout_p,
@@ -330,7 +340,7 @@ def ring_sliding_window_attn_varlen(
         >>> ring_sliding_window_attn_varlen(q, k, v, 4, torch.tensor([0, 6, 16], dtype=torch.int32)).shape
         torch.Size([16, 4, 8])
     """
-    name = group_name(cp_group)
+    name = _group(cp_group)
     _check_group(name, *map(traced, (cp_size, cp_local_rank, cp_prev_global_rank, cp_next_global_rank)))
     if not isinstance(window_size, Integral) or window_size < 0:
         raise ValueError(f"window_size={window_size}: give the number of earlier keys a query sees, >= 0")

@@ -19,6 +19,7 @@ import pathlib
 import re
 import socket
 import time
+import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -143,6 +144,22 @@ class Launch:
     job: str | None = None
     variable: str = "RANK"
     mpi: bool = False
+
+
+def warn_if_alone(what: str, stacklevel: int = 3) -> None:
+    """Warn where this process was started as one of many and has joined no group: it computes alone what the others do, too."""
+    if dist.is_initialized():
+        return
+    try:
+        launch = detect({"LOCAL_RANK": "0", **os.environ})  # which does not matter here
+    except ValueError:  # what says so may have been left by something else
+        return
+    if launch.world_size > 1:
+        warnings.warn(
+            f"this process is one of {launch.world_size} ({launch.launcher}), but there is no process group, so {what} is of this "
+            "process alone: call torch.distributed.init_process_group() or nnscaler_ring.launch.setup_mpi_distributed() first",
+            stacklevel=stacklevel,
+        )
 
 
 def detect(environ: Mapping[str, str]) -> Launch:
