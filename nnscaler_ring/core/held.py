@@ -177,6 +177,16 @@ class Held(ABC):
     in the dtype of the result, to which nothing can be added. A part that has all rows can become their memory itself.
     Other memory may be uninitialised: `finish` fills the rows to which nothing came.
 
+    Three calls that give parts of four rows, `at_once` being 4::
+
+        A   0 1 2 3     held: A
+        B   . 1 2 .     held: A, B
+        C   . . 2 3     held: A, B, C
+
+    Nothing is computed until the end. Then A's tensor becomes the memory, and rows 1, 2 and 3 get A and B, A, B and C, and A and C
+    in one launch; row 0 is there already. Were `at_once` 2, C would find two parts of row 2: A and B are put together before it is
+    held.
+
     Either calls hand over parts (`add`), or a kernel puts rows together in place (`place`); `come` tells how many are to come.
 
     Args:
