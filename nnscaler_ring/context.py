@@ -55,7 +55,7 @@ def _tokens(x: Tensor, dim: int) -> int:
     """How long `x` is in `dim`."""
     check_tensors(x=x)
     if not isinstance(dim, Integral) or not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim={dim!r}: x has shape {tuple(x.shape)}")
+        raise ValueError(f"dim={dim!r}: x has shape {tuple(x.shape)}; give the number of a dim")
     return x.shape[dim]
 
 
@@ -120,8 +120,10 @@ class ContextParallel:
         self._alone = group_or_mesh is None and name == "local:1"
         rank_in(name)  # the group is there, and this process in it; not kept, since another process may load what this one saves
         self._uneven: set[int] = set()  # all lengths of shards in layouts that give ranks different numbers of tokens
-        self._lately_uneven = False  # `shard` has used such a layout since the last call; graphs guard on this flag, not on the set
-        self._lately: list[Layout] = []  # the last `PARTS` layouts that `shard` has used since the last call
+        self._lately_uneven = False  # `shard` has, in its last turn, used such a layout; graphs guard on this flag, not on the set
+        self._lately: list[
+            Layout
+        ] = []  # the last `PARTS` layouts that it has used in this turn, which ends with the first `shard` after a call
         self._called = False  # there was a call, outside of graphs, since the last `shard`
         self._by_documents: bool | None = None  # whether the last `shard` was given cu_seqlens; None before the first
 

@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from .core.call import Result, check_flags
+from .core.call import Result
 
 Front = Callable[..., Result]
 
@@ -37,8 +38,7 @@ def fixed(base: Front, name: str, summary: str, *, causal_only: bool = False, **
     def function(*args: Any, **kwargs: Any) -> Result:  # no more than this: compilers trace through here
         if causal_only:
             causal = args[at] if len(args) > at else kwargs.get("causal", default)
-            check_flags(causal=causal)
-            if not causal:
+            if isinstance(causal, (int, np.bool_)) and not causal:  # what is no flag is refused further down
                 raise ValueError(
                     f"{name}: causal=False, but zigzag shards balance a causal mask; pass causal=True or take a ring function"
                 )

@@ -43,7 +43,7 @@ from .launch import warn_if_alone
 def _group(group: Group) -> str:
     """The name of the group whose ranks pass shards."""
     if group is None:
-        warn_if_alone("this attention", stacklevel=4)
+        warn_if_alone("this attention")
     return group_name(group)
 
 
@@ -291,6 +291,7 @@ def llama3_flash_attn_varlen_func(
     k_ends = check_documents(cu_seqlens_k, max_seqlen_k, stop - start) + start
     if len(q_ends) != len(k_ends):
         raise ValueError(f"cu_seqlens_q has {len(q_ends) - 1} documents and cu_seqlens_k {len(k_ends) - 1}: they must agree")
+    check_flags(causal=causal)
     left, right = check_window(window_size)
     low, high = -left if left >= 0 else -NO_LIMIT, 0 if causal else right if right >= 0 else NO_LIMIT
     documents = zip(q_ends[:-1], q_ends[1:], k_ends[:-1], k_ends[1:], strict=True)

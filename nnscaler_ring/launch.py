@@ -14,6 +14,7 @@ MPI is started only where it is needed: an mpi4py of another MPI than the launch
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import pathlib
 import re
@@ -146,19 +147,22 @@ class Launch:
     mpi: bool = False
 
 
-def warn_if_alone(what: str, stacklevel: int = 3) -> None:
+def warn_if_alone(what: str) -> None:
     """Warn where this process was started as one of many and has joined no group: it computes alone what the others do, too."""
-    if dist.is_initialized():
+    if dist.is_initialized() or not any(sign in os.environ for row in LAUNCHERS for sign in row.signs):
         return
     try:
         launch = detect({"LOCAL_RANK": "0", **os.environ})  # which does not matter here
     except ValueError:  # what says so may have been left by something else
         return
     if launch.world_size > 1:
+        level, frame = 1, inspect.currentframe()
+        while frame is not None and str(frame.f_globals.get("__name__")).startswith("nnscaler_ring."):
+            level, frame = level + 1, frame.f_back
         warnings.warn(
             f"this process is one of {launch.world_size} ({launch.launcher}), but there is no process group, so {what} is of this "
             "process alone: call torch.distributed.init_process_group() or nnscaler_ring.launch.setup_mpi_distributed() first",
-            stacklevel=stacklevel,
+            stacklevel=level,
         )
 
 

@@ -10,6 +10,7 @@ Legend: `B` batch, `S` tokens of the sequence, `T` packed tokens, `Hq`/`Hk` quer
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,6 +18,7 @@ from functools import lru_cache
 from numbers import Integral
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,9 +32,9 @@ from .core.call import (
     Options,
     Result,
     Rows,
+    announced,
     check,
     check_extras,
-    check_flags,
     check_names,
     check_qkv,
     check_tensors,
@@ -73,13 +75,18 @@ class Settings:
 
     def __str__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return json.dumps(given, default=lambda x: x.item())  # a number of numpy's
+        return json.dumps(given, default=_plain)
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def parse(text: str) -> Settings:
         given = json.loads(text)
         return Settings(**{**given, "window_size": tuple(given.get("window_size", (-1, -1)))})
+
+
+def _plain(x: Any) -> Any:
+    """A number of numpy's or of a tensor as one of Python's; anything else in words, to be refused where arguments are checked."""
+    return x.item() if isinstance(x, (Tensor, np.generic, np.ndarray)) and math.prod(x.shape) == 1 else repr(x)
 
 
 _OPTIONS = tuple(f.name for f in fields(Options) if f.name in {g.name for g in fields(Settings)})
@@ -279,8 +286,8 @@ def _run(op: str, tensors: Sequence[Tensor | None], process_group: Group, shared
     given: dict[str, Any] = {}
     for name, value in (*zip(_SHARED, shared, strict=True), *own.items()):
         given[name] = constant(name, value)
-    scale, looked_at = given["softmax_scale"], ("dropout_p", "softcap", "causal", "deterministic", "return_attn_probs", "far")
-    Options(softmax_scale=scale, **{name: given[name] for name in looked_at if name in given})
+    scale, far = given["softmax_scale"], given.get("far")
+    Options(softmax_scale=scale, dropout_p=given["dropout_p"], softcap=given["softcap"], far=far)
     given = {**given, "softmax_scale": None if scale is None else float(scale), "window_size": check_window(given["window_size"])}
     if torch.compiler.is_compiling():  # numbers that a graph takes as arguments, as a seed of each call's own, fit in no string
         lengths = {name: traced(given.get(name)) for name in ("seq_len", "seq_len_k")}  # shards may differ: a graph for each
@@ -484,7 +491,7 @@ def wrap_sliding_window_attn_func(
         >>> wrap_sliding_window_attn_func(q, k, v, 4).shape
         torch.Size([1, 16, 4, 8])
     """
-    check_flags(causal=causal)
+    causal = _plain(causal) if isinstance(causal, (Tensor, np.ndarray)) else causal
     window = (window_size, 0 if causal else window_size) if isinstance(window_size, Integral) else window_size
     shared: tuple[Any, ...] = (softmax_scale, dropout_p, window, deterministic, return_attn_probs)
     shared += (transport, kernel, seq_len, seq_len_k, softcap, dropout_seed)
@@ -601,7 +608,8 @@ def wrap_piecewise_attn_func(
     if dist_threshold is None:
         raise ValueError("dist_threshold=None: give a number of tokens >= 0")
     if not tracing():
-        _check_halves(q1, k1, q2, k2)
+        with announced(group_of(process_group), q1):
+            _check_halves(q1, k1, q2, k2)
     q, k = torch.cat([q1, q2], -1), torch.cat([k1, k2], -1)
     shared: tuple[Any, ...] = (softmax_scale, dropout_p, window_size, deterministic, return_attn_probs)
     shared += (transport, kernel, seq_len, seq_len_k, softcap, dropout_seed)

@@ -70,6 +70,7 @@ def told(call: Callable[[], object], *kinds: type[Exception]) -> str:
 REFUSED: dict[str, Callable[[int], dict[str, Any]]] = {
     "cu_seqlens": lambda rank: {"cu_seqlens": torch.tensor([0, 5, 16 + 2 * rank], dtype=torch.int32)},
     "learnable_sink": lambda rank: {"learnable_sink": torch.zeros(4 + rank)},
+    "deterministic": lambda rank: {"deterministic": "no" if rank else False},
     "both": lambda rank: {"transport": "no such transport"},
 }
 """What rank 1, or every rank, finds wrong with its own arguments."""

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import nnscaler_ring as nr
 from nnscaler_ring.core import engine
+from nnscaler_ring.core.mask import NO_LIMIT, build
 from tests.worlds import held, naming, no_faults, told
 
 HEADS, HEADS_K, DIM = 4, 2, 8
@@ -335,8 +336,9 @@ def test_selective_checkpointing_saves_the_op() -> None:
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # torch's, where a graph breaks
-def test_what_cannot_be_compiled_breaks_a_graph_that_may_break() -> None:
-    """And runs beside it: torch makes no graph of its own of what is not in one."""
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_cannot_be_compiled_breaks_a_graph_that_may_break(dynamic: bool) -> None:
+    """And runs beside it: torch makes no graph of its own of what is not in one, in which no limit would be one of 0."""
     q, k, v = given(8)
     cu, cp = torch.tensor([0, 3, 8], dtype=torch.int32), nr.ContextParallel(layout="zigzag")
 
@@ -348,9 +350,15 @@ def test_what_cannot_be_compiled_breaks_a_graph_that_may_break() -> None:
         at = cp.position_ids(8, cu_seqlens=cu)[:, None, None]
         return cp.unshard(cp.attention(*(at + cp.shard(x, 1) for x in tensors)), 1)
 
-    for call in (llama3, sharded, lambda q, k, v: cp.attention(q, k, v, nr.Mask([(0, 8, 0, 8, -2, 0)], 8))):
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return cp.attention(q, k, v, nr.Mask([(0, q.shape[1], 0, q.shape[1], -NO_LIMIT, 0)], q.shape[1]))
+
+    def built(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return cp.attention(q, k, v, build(q.shape[1], causal=True, window=(3, 0), sinks=1))
+
+    for call in (llama3, sharded, masked, built):
         torch._dynamo.reset()
-        assert torch.equal(torch.compile(call, backend="aot_eager")(q, k, v), call(q, k, v))
+        assert torch.equal(torch.compile(call, backend="aot_eager", dynamic=dynamic)(q, k, v), call(q, k, v))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch itself

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from nnscaler_ring import ContextParallel, Mask, ring_flash_attn_func, ring_sliding_window_attn
+from nnscaler_ring import ContextParallel, Mask, ring_flash_attn_func, ring_sliding_window_attn, zigzag_ring_flash_attn_func
 from nnscaler_ring.core.balance import balanced
 from nnscaler_ring.core.layout import Layout
 from nnscaler_ring.core.layouts import LAYOUTS
@@ -445,8 +445,10 @@ def test_one_of_many_without_a_group_is_told(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.warns(UserWarning, match="one of 4 .* this attention is of this process alone") as told:
         ring_flash_attn_func(q, q, q)
     assert [x.filename for x in told] == [__file__]
-    with pytest.warns(UserWarning, match="one of 4"):
-        ring_sliding_window_attn(q, q, q, 2)
+    for call in (lambda: ring_sliding_window_attn(q, q, q, 2), lambda: zigzag_ring_flash_attn_func(q, q, q, causal=True)):
+        with pytest.warns(UserWarning, match="one of 4") as told:
+            call()
+        assert [x.filename for x in told] == [__file__]
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.warns(UserWarning, match="one of 4"):
         ContextParallel()

@@ -315,7 +315,14 @@ def test_blocks_that_do_not_fit() -> None:
 
 def test_boundaries_of_other_rows() -> None:
     cu = torch.tensor([0, 1, 5])
-    for lse, most in ((torch.zeros(2, 5), 4), (torch.zeros(6, 2), 4), (torch.zeros(5, 2), 3), (torch.zeros(5), 4)):
+    assert unflatten_varlen_lse(torch.ones(6, 2, 1), cu, 4).isfinite().sum() == 10  # the last row is of no document
+    for lse, most in (
+        (torch.zeros(2, 5), 4),
+        (torch.zeros(6, 2), 4),
+        (torch.zeros(4, 2, 1), 4),
+        (torch.zeros(5, 2), 3),
+        (torch.zeros(5), 4),
+    ):
         with pytest.raises(ValueError, match=r"give \[T, H\]"):
             unflatten_varlen_lse(lse, cu, most)
     for lse in (torch.zeros(2, 1, 3), torch.zeros(1, 1, 4), torch.zeros(2, 4)):

@@ -42,8 +42,18 @@ Result = Tensor | tuple[Tensor, Tensor, None]
 def check_flags(**given: object) -> None:
     """ValueError unless all are True or False: what slipped into the place of a flag is another argument."""
     for name, flag in given.items():
-        if not isinstance(flag, (bool, np.bool_)) and not (isinstance(flag, int) and flag in (0, 1)):
+        one = isinstance(flag, Tensor) and flag.numel() == 1 and flag.dtype == torch.bool
+        if (
+            not one
+            and not isinstance(flag, (bool, np.bool_, torch.SymBool))
+            and not (isinstance(flag, Integral) and flag in (0, 1))
+        ):
             raise ValueError(f"{name}={flag!r}: give True or False")
+
+
+def _check_flags(options: Options) -> None:
+    deterministic = False if options.deterministic is None else options.deterministic
+    check_flags(causal=options.causal, deterministic=deterministic, return_attn_probs=options.return_attn_probs)
 
 
 def _is_number(x: object) -> bool:
@@ -102,7 +112,6 @@ class Options:
             given = getattr(self, name)
             if isinstance(given, Tensor) and given.requires_grad:
                 raise NotImplementedError(f"{name} has no gradient here: detach it")
-        check_flags(causal=self.causal, deterministic=self.deterministic, return_attn_probs=self.return_attn_probs)
         check_window(self.window_size)
 
 
@@ -219,6 +228,7 @@ def _in_graph(
     check_plain(q, k, v, rows.cu_seqlens_q, rows.cu_seqlens_k, options.alibi_slopes, options.learnable_sink, options.bias)
     check_qkv(q, k, v)
     check_differentiable(q, k, v)
+    _check_flags(options)
     for name, table in (("cu_seqlens_q", rows.cu_seqlens_q), ("cu_seqlens_k", rows.cu_seqlens_k)):
         if table is not None:
             check_table(name, table)
@@ -251,11 +261,11 @@ def whole_lengths(q: Tensor, k: Tensor, group: str, rows: Rows) -> tuple[int, in
 def _of_recipe(options: Options) -> dict[str, Any]:
     """The part of a recipe that options say, under its names."""
     return {
-        "causal": options.causal,
+        "causal": bool(options.causal),
         "window": options.window_size,
         "sinks": options.sinks,
         "prefix": options.prefix,
-        "deterministic": options.deterministic,
+        "deterministic": bool(options.deterministic),
         "softcap": float(options.softcap),
         "dropout": float(options.dropout_p),
         "far": options.far,
@@ -363,6 +373,7 @@ def _checked(
     check_qkv(q, k, v)
     check_differentiable(q, k, v, options.alibi_slopes, options.learnable_sink, options.bias)
     check_names(recipe)
+    _check_flags(options)
     recipe = replace(recipe, **{**_of_recipe(options), "window": check_window(options.window_size)})
     for name, length in (("seq_len", rows.seq_len), ("seq_len_k", rows.seq_len_k)):
         if length is not None and not (isinstance(length, Integral) and length >= 0):

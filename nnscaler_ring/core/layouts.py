@@ -53,7 +53,7 @@ def build(name: str, length: int, world_size: int, cu_seqlens: np.ndarray | None
 def check_layout(name: str) -> str:
     """`name`, or ValueError that lists the known layouts."""
     if not isinstance(name, str) or (name not in LAYOUTS and not name.startswith(_TABLE)):
-        raise ValueError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}; a Layout is for ContextParallel")
+        raise ValueError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}, or give ContextParallel a Layout")
     return name
 
 

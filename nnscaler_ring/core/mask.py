@@ -24,6 +24,7 @@ from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 NO_LIMIT = 1 << 40
 """Distance that no two positions have: the value of a band's ``lo`` or ``hi`` where it has none (with its sign)."""
@@ -62,6 +63,7 @@ class Mask:
         6
     """
 
+    @torch.compiler.disable  # numbers beyond 32 bits, as NO_LIMIT, come out as 0 where Dynamo makes graphs of numpy's code
     def __init__(
         self, slices: Iterable[Sequence[int]], q_len: int, k_len: int | None = None, parts: Sequence[int] | np.ndarray | None = None
     ) -> None:
@@ -81,6 +83,7 @@ class Mask:
         _check(self.table, q_len, k_len)
 
     @classmethod
+    @torch.compiler.disable
     def trusted(cls, table: np.ndarray, q_len: int, k_len: int, parts: np.ndarray | None = None) -> Mask:
         """A mask of an ``[n, 6]`` table whose slices are disjoint and in range by construction."""
         mask = cls.__new__(cls)
@@ -162,6 +165,7 @@ def _check(table: np.ndarray, q_len: int, k_len: int) -> None:
             )
 
 
+@torch.compiler.disable
 def build(
     q_len: int,
     k_len: int | None = None,

@@ -200,7 +200,8 @@ def update_out_and_lse(
         raise ValueError(
             f"block_out {tuple(block_out.shape)} and block_lse {tuple(block_lse.shape)}: give [B, l, H, Dv] and [B, H, l]"
         )
-    column = column.masked_fill((column == float("inf")) & (block_out == 0).all(-1, keepdim=True), float("-inf"))
+    nothing = (column == float("inf")) & (block_out[..., :1] == 0)  # of what overflowed `block_out` is NaN
+    column = column.masked_fill(nothing, float("-inf"))
     block_out = block_out.masked_fill(column == float("-inf"), 0.0)
     if out is None or lse is None:
         if slice_ is not None:
@@ -247,7 +248,7 @@ def unflatten_varlen_lse(lse: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Te
     """Packed log-sum-exp -> padded.
 
     Args:
-        lse: ``[T, H, 1]`` or ``[T, H]``.
+        lse: ``[T, H, 1]``, where rows behind the last document are left out, or ``[T, H]``.
         cu_seqlens: int32 ``[documents + 1]``, boundaries of the documents in the packed row.
         max_seqlen: tokens of the longest document, at least.
 
@@ -263,10 +264,11 @@ def unflatten_varlen_lse(lse: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Te
     """
     packed = lse.squeeze(-1) if lse.dim() == 3 else lse
     bounds = cu_seqlens.tolist()
-    longest = max((hi - lo for lo, hi in pairwise(bounds)), default=0)
-    if packed.dim() != 2 or bounds[-1] != packed.shape[0] or longest > max_seqlen:
+    longest, tokens = max((hi - lo for lo, hi in pairwise(bounds)), default=0), max(bounds, default=0)
+    few = tokens > packed.shape[0] or (lse.dim() == 2 and tokens < packed.shape[0])  # which may be [H, T]
+    if packed.dim() != 2 or few or longest > max_seqlen:
         raise ValueError(
-            f"lse {tuple(lse.shape)}, cu_seqlens up to {bounds[-1]} with a document of {longest} tokens, max_seqlen={max_seqlen}: "
+            f"lse {tuple(lse.shape)}, cu_seqlens up to {tokens} with a document of {longest} tokens, max_seqlen={max_seqlen}: "
             "give [T, H] or [T, H, 1] of all T tokens, and the length of the longest document"
         )
     padded = packed.new_full((len(bounds) - 1, packed.shape[1], max_seqlen), float("-inf"))
