@@ -255,11 +255,12 @@ class _Meeting:
     """Where the ranks of a launch meet. The store outlives the groups: each takes keys of its own in it.
 
     With a store for each group, a rank that is ahead would meet the last one before it closes, or find what the last group left
-    under torchrun, whose agent keeps one store.
+    under torchrun, whose agent keeps one store. `derived`: the port is this package's choice, nobody exported one.
     """
 
     launch: Launch
     variables: dict[str, str]
+    derived: bool = False
     store: dist.Store | None = None
     groups: int = 0
 
@@ -268,9 +269,31 @@ class _Meeting:
         if self.store is None:
             rank, world_size = self.launch.rank, self.launch.world_size
             within = {} if timeout is None else {"timeout": timeout}
-            self.store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", rank, world_size, **within))[0]
+            store = dist.HashStore() if world_size == 1 else next(dist.rendezvous("env://", rank, world_size, **within))[0]
+            self._claim(store)
+            self.store = store
         self.groups += 1
-        return dist.PrefixStore(f"nnscaler_ring/{self.groups}", self.store)
+        return dist.PrefixStore(self._key(str(self.groups)), self.store)
+
+    def _key(self, name: str) -> str:
+        job = f"{self.launch.job}/" if self.derived else ""  # another job may have derived the same port
+        return f"nnscaler_ring/{job}{name}"
+
+    def _claim(self, store: dist.Store) -> None:
+        """RuntimeError where another process has this rank: two jobs would go on as one. torchrun's store outlives restarts."""
+        if self.launch.world_size == 1 or self.launch.launcher == "torchrun":
+            return
+        own = f"process {os.getpid()} on {socket.gethostname()}"
+        there = store.compare_set(self._key(f"rank {self.launch.rank}"), "", own).decode()
+        if there != own:
+            raise RuntimeError(
+                f"{there} is rank {self.launch.rank} at {_place(os.environ)}, so this process is of another job that meets there, "
+                "too: export another MASTER_PORT for one of the two"
+            )
+
+
+def _place(environ: Mapping[str, str]) -> str:
+    return f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
 
 
 @dataclass(frozen=True)
@@ -305,8 +328,8 @@ def setup_mpi_distributed(backend: str | None = None, *, timeout: timedelta | No
     - MASTER_ADDR is the first host of slurm's list. Without slurm, or where rank 0 is on another, export it.
     - MASTER_PORT is derived from the job's id (PMIX_NAMESPACE and OMPI_MCA_ess_base_jobid of Open MPI, I_MPI_HYDRA_UUID, PALS_APID,
       PMI_JOBID, PMI_KVSNAME, SLURM_JOB_ID and SLURM_STEP_ID); where there is none, on one node, from the process that started the
-      ranks. Of 16384 pairs of jobs on one machine, one takes the same port; torch then says that the address is in use, and
-      exporting MASTER_PORT helps.
+      ranks. Of some thousand pairs of jobs on one machine, one takes the same port; the later one then fails, and exporting
+      MASTER_PORT helps.
 
     The device is number ``local_rank % device_count`` of its type and becomes the current one. No collective runs here. A default
     group that exists is left alone, like the current device, and reported: calling this twice is calling it once.
@@ -325,6 +348,7 @@ def setup_mpi_distributed(backend: str | None = None, *, timeout: timedelta | No
         ValueError: variables contradict each other or the group that exists, MASTER_ADDR or MASTER_PORT cannot be known, or no such
             backend. Every rank finds this alone, before any communication.
         NotImplementedError: the backend is missing here, or the device is there and its backends are not.
+        RuntimeError: ranks did not meet within the timeout, or meet those of another job.
 
     Example:
         >>> started = setup_mpi_distributed("gloo")  # python example.py, or mpiexec -n 8 python example.py
@@ -341,7 +365,7 @@ def setup_mpi_distributed(backend: str | None = None, *, timeout: timedelta | No
     launch = detect(os.environ)
     backend, kind = _backend_here(backend)
     if _process.meeting is None or _process.meeting.launch != launch:
-        _process.meeting = _Meeting(launch, _variables(launch, os.environ))
+        _process.meeting = _Meeting(launch, _variables(launch, os.environ), not os.environ.get("MASTER_PORT"))
     device = torch.device(kind)
     if kind != "cpu":
         module = torch.get_device_module(kind)
@@ -358,6 +382,13 @@ def setup_mpi_distributed(backend: str | None = None, *, timeout: timedelta | No
             timeout=timeout,
             device_id=device if backend == "nccl" else None,
         )
+    except (dist.DistStoreError, dist.DistNetworkError) as why:
+        place = _place(os.environ)
+        _unset(variables)
+        raise type(why)(
+            f"rank {launch.rank} of {launch.world_size} ({launch.launcher}) did not meet the others at {place}: MASTER_ADDR must "
+            f"be the host of rank 0, by a name or address that every node reaches, MASTER_PORT one that is free there; {why}"
+        ) from why
     except BaseException:
         _unset(variables)
         raise
@@ -483,7 +514,8 @@ def _variables(launch: Launch, environ: Mapping[str, str]) -> dict[str, str]:
         host, port = host or found[0], port or found[1]
     way_out = "on all ranks" + (", or install mpi4py for the MPI of this mpiexec" if launch.mpi else "")
     if not host:
-        raise ValueError(f"{launch.launcher} does not say on which node rank 0 is: export MASTER_ADDR, its host, {way_out}")
+        both = "MASTER_ADDR, its host" if port else "MASTER_ADDR, its host, and MASTER_PORT, a free port there,"
+        raise ValueError(f"{launch.launcher} does not say on which node rank 0 is: export {both} {way_out}")
     if not port:
         raise ValueError(f"{launch.launcher} names no job to derive a port from: export MASTER_PORT, the same {way_out}")
     return variables | {"MASTER_ADDR": host, "MASTER_PORT": port}

@@ -74,8 +74,8 @@ class Settings:
     seq_len_k: int | None = None
 
     def __str__(self) -> str:
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return json.dumps(given, default=_plain)
+        said = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return json.dumps({f.name: said[f.name] for f in fields(self) if said[f.name] != f.default}, default=_plain)
 
     @staticmethod
     @lru_cache(maxsize=1024)
@@ -85,8 +85,10 @@ class Settings:
 
 
 def _plain(x: Any) -> Any:
-    """A number of numpy's or of a tensor as one of Python's; anything else in words, to be refused where arguments are checked."""
-    return x.item() if isinstance(x, (Tensor, np.generic, np.ndarray)) and math.prod(x.shape) == 1 else repr(x)
+    """A number of numpy's or of a tensor as one of Python's; anything odd in words, to be refused where arguments are checked."""
+    if isinstance(x, (Tensor, np.generic, np.ndarray)) and math.prod(x.shape) == 1:
+        return x.item()
+    return x if x is None or isinstance(x, (str, bool, int, float, tuple, list)) else repr(x)
 
 
 _OPTIONS = tuple(f.name for f in fields(Options) if f.name in {g.name for g in fields(Settings)})
@@ -491,8 +493,7 @@ def wrap_sliding_window_attn_func(
         >>> wrap_sliding_window_attn_func(q, k, v, 4).shape
         torch.Size([1, 16, 4, 8])
     """
-    causal = _plain(causal) if isinstance(causal, (Tensor, np.ndarray)) else causal
-    window = (window_size, 0 if causal else window_size) if isinstance(window_size, Integral) else window_size
+    window = (window_size, 0 if _plain(causal) else window_size) if isinstance(window_size, Integral) else window_size
     shared: tuple[Any, ...] = (softmax_scale, dropout_p, window, deterministic, return_attn_probs)
     shared += (transport, kernel, seq_len, seq_len_k, softcap, dropout_seed)
     return _run(

@@ -199,7 +199,7 @@ def options() -> Iterator[Bad]:
     yield Bad(names=COUNT_WINDOW, change={"window_size": -2}, words=["window_size"])
     yield Bad(names=having("num_sinks"), change={"num_sinks": -1}, words=["sinks=-1"])
     for flag in ("causal", "deterministic", "return_attn_probs"):
-        for value in ("False", 0.125, 2, (-1, -1), [], torch.ones(2), dist.ReduceOp.SUM):  # another argument in its place
+        for value in ("False", 0.125, 2, (-1, -1), [], torch.ones(2), object()):  # another argument in its place
             yield Bad(names=having(flag), change={flag: value}, words=[f"{flag}=", "give True or False"])
     yield Bad(names=having("return_attn_probs"), change={"return_attn_probs": None}, words=["return_attn_probs=None"])
     yield Bad(names=CAUSAL_ONLY, change={"causal": False}, words=["causal=False", "causal=True", "zigzag"])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -243,7 +244,10 @@ def test_rendezvous_variables_that_are_set_stay(faked: Faked, text: str) -> None
     [
         (MPICH_2_NODES, "mpich does not say on which node rank 0 is: export MASTER_ADDR.* or install mpi4py"),
         (OPENMPI_2_NODES, "openmpi does not say on which node rank 0 is: export MASTER_ADDR.* or install mpi4py"),
-        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=0", "environment does not say .* export MASTER_ADDR, its host, on all ranks$"),
+        (
+            "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0",
+            "environment does not say .* export MASTER_ADDR, its host, and MASTER_PORT, a free port there, on all ranks$",
+        ),
         (f"{MPICH_2_NODES} MASTER_ADDR=n1", "mpich names no job to derive a port from: export MASTER_PORT"),
         (f"{MPICH} MASTER_PORT=auto", "MASTER_PORT=auto: give a port"),
         (f"{MPICH} MASTER_PORT=0", "MASTER_PORT=0: give a port"),
@@ -517,6 +521,33 @@ def test_groups_of_one_launch_do_not_read_each_others_keys() -> None:
     meeting = launch._Meeting(Launch("single", 0, 1, 0), {})
     meeting.next_store(None).set("key", "old")
     assert not meeting.next_store(None).check(["key"])
+
+
+def test_two_jobs_on_one_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a derived port sees nothing of the other; on a port that was exported the process that comes second is refused."""
+    store = dist.HashStore()
+    jobs = [
+        launch._Meeting(Launch("slurm", 1, 2, 1, None, job), {}, derived, store) for job in ("8", "9") for derived in (True, False)
+    ]
+    one, exported, other, exported_too = jobs
+    one.next_store(None).set("key", "mine")
+    assert not other.next_store(None).check(["key"])
+    for meeting in (one, one, other, exported, exported):  # a process may come again
+        meeting._claim(store)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    for meeting in (one, exported_too):
+        with pytest.raises(RuntimeError, match=r"process \d+ on .* is rank 1 at .*another job .* export another MASTER_PORT"):
+            meeting._claim(store)
+    launch._Meeting(Launch("torchrun", 1, 2, 1), {}, False)._claim(store)  # whose store outlives a restart
+
+
+def test_an_address_where_nobody_is(alone: None) -> None:
+    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": "9"}
+    with (
+        mock.patch.dict(os.environ, given),
+        pytest.raises(dist.DistNetworkError, match=r"rank 1 of 2 \(environment\) did not meet .* 127.0.0.1:9: MASTER_ADDR must be"),
+    ):
+        setup_mpi_distributed("gloo", timeout=timedelta(seconds=1))
 
 
 def test_an_empty_variable_is_set(faked: Faked) -> None:
