@@ -387,7 +387,8 @@ def setup_mpi_distributed(backend: str | None = None, *, timeout: timedelta | No
         _unset(variables)
         raise type(why)(
             f"rank {launch.rank} of {launch.world_size} ({launch.launcher}) did not meet the others at {place}: MASTER_ADDR must "
-            f"be the host of rank 0, by a name or address that every node reaches, MASTER_PORT one that is free there; {str(why).splitlines()[0]}"
+            "be the host of rank 0, by a name or address that every node reaches, MASTER_PORT one that is free there; "
+            + str(why).splitlines()[0]
         ) from why
     except BaseException:
         _unset(variables)
