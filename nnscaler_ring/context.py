@@ -121,9 +121,7 @@ class ContextParallel:
         rank_in(name)  # the group is there, and this process in it; not kept, since another process may load what this one saves
         self._uneven: set[int] = set()  # all lengths of shards in layouts that give ranks different numbers of tokens
         self._lately_uneven = False  # `shard` has, in its last turn, used such a layout; graphs guard on this flag, not on the set
-        self._lately: list[
-            Layout
-        ] = []  # the last `PARTS` layouts that it has used in this turn, which ends with the first `shard` after a call
+        self._lately: list[Layout] = []  # the last `PARTS` that it has used in that turn; a turn ends with the `shard` after a call
         self._called = False  # there was a call, outside of graphs, since the last `shard`
         self._by_documents: bool | None = None  # whether the last `shard` was given cu_seqlens; None before the first
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .core.call import Group, Options, Rows, announced, check_flags, check_tensors, out_and_lse, total_attention
 from .core.recipe import Recipe
-from .ops import group_of, wrap_piecewise_attn_func
+from .ops import wrap_piecewise_attn_func
+from .settings import group_of
 
 
 def flash_attention(

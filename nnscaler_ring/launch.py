@@ -382,17 +382,15 @@ def setup_mpi_distributed(backend: str | None = None, *, timeout: timedelta | No
             timeout=timeout,
             device_id=device if backend == "nccl" else None,
         )
-    except (dist.DistStoreError, dist.DistNetworkError) as why:
-        place = _place(os.environ)
+    except BaseException as why:
+        place, told = _place(os.environ), str(why).partition("\n")[0]
         _unset(variables)
+        if not isinstance(why, (dist.DistStoreError, dist.DistNetworkError)):
+            raise
         raise type(why)(
             f"rank {launch.rank} of {launch.world_size} ({launch.launcher}) did not meet the others at {place}: MASTER_ADDR must "
-            "be the host of rank 0, by a name or address that every node reaches, MASTER_PORT one that is free there; "
-            + str(why).splitlines()[0]
+            f"be the host of rank 0, by a name or address that every node reaches, MASTER_PORT one that is free there; {told}"
         ) from why
-    except BaseException:
-        _unset(variables)
-        raise
     started = Started(
         rank=launch.rank,
         world_size=launch.world_size,

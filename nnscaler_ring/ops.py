@@ -9,16 +9,12 @@ Legend: `B` batch, `S` tokens of the sequence, `T` packed tokens, `Hq`/`Hk` quer
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,7 +35,6 @@ from .core.call import (
     check_qkv,
     check_tensors,
     grid_name,
-    group_name,
     host_table,
     out_and_lse,
     traced,
@@ -51,60 +46,7 @@ from .core.recipe import Recipe
 from .core.relayout import relayout
 from .core.transport import is_grid
 from .fronts import fixed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a call says besides its tensors, in numbers and strings: one string where a compiler writes it into code."""
-
-    softmax_scale: float | None = None
-    dropout_p: float = 0.0
-    causal: bool = True
-    window_size: tuple[int, int] = (-1, -1)
-    sinks: int = 0
-    softcap: float = 0.0
-    dropout_seed: int | None = None
-    far: int | None = None
-    deterministic: bool = False
-    return_attn_probs: bool = False
-    layout: str = "contiguous"
-    transport: str = "auto"
-    kernel: str = "auto"
-    seq_len: int | None = None
-    seq_len_k: int | None = None
-
-    def __str__(self) -> str:
-        said = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-        return json.dumps({f.name: said[f.name] for f in fields(self) if said[f.name] != f.default}, default=_plain)
-
-    @staticmethod
-    @lru_cache(maxsize=1024)
-    def parse(text: str) -> Settings:
-        given = json.loads(text)
-        return Settings(**{**given, "window_size": tuple(given.get("window_size", (-1, -1)))})
-
-
-def _plain(x: Any) -> Any:
-    """A number of numpy's or of a tensor as one of Python's; anything odd in words, to be refused where arguments are checked."""
-    if isinstance(x, (Tensor, np.generic, np.ndarray)) and math.prod(x.shape) == 1:
-        return x.item()
-    return x if x is None or isinstance(x, (str, bool, int, float, tuple, list)) else repr(x)
-
-
-_OPTIONS = tuple(f.name for f in fields(Options) if f.name in {g.name for g in fields(Settings)})
-
-
-def options_of(settings: Settings, **more: Any) -> Options:
-    """The part of settings that the engine's edge checks."""
-    return Options(**{name: getattr(settings, name) for name in _OPTIONS}, **more)
-
-
-def group_of(process_group: Group, ring_size: int = 1) -> str:
-    """The name of the group whose ranks pass shards; of None that of this process alone, or of the last of `ring_size` ranks, the
-    busiest under a causal mask, for a piece that autodist profiles without the others."""
-    if process_group is not None:
-        return group_name(process_group)
-    return "local:1" if ring_size == 1 else f"pretend:{ring_size}:{ring_size - 1}"
+from .settings import Settings, group_of, options_of, plain
 
 
 @torch.compiler.assume_constant_result
@@ -493,7 +435,7 @@ def wrap_sliding_window_attn_func(
         >>> wrap_sliding_window_attn_func(q, k, v, 4).shape
         torch.Size([1, 16, 4, 8])
     """
-    window = (window_size, 0 if _plain(causal) else window_size) if isinstance(window_size, Integral) else window_size
+    window = (window_size, 0 if plain(causal) else window_size) if isinstance(window_size, Integral) else window_size
     shared: tuple[Any, ...] = (softmax_scale, dropout_p, window, deterministic, return_attn_probs)
     shared += (transport, kernel, seq_len, seq_len_k, softcap, dropout_seed)
     return _run(

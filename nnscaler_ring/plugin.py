@@ -27,16 +27,14 @@ from .core.recipe import Recipe
 from .core.relayout import relayout
 from .core.transport import num_ranks
 from .ops import (
-    Settings,
     dense_attention,
-    group_of,
-    options_of,
     packed_attention,
     wrap_ring_attn_func,
     wrap_ring_attn_varlen_func,
     wrap_sliding_window_attn_func,
     wrap_zigzag_attn_func,
 )
+from .settings import Settings, group_of, options_of
 
 __all__ = [
     "get_transformer_engine_info",

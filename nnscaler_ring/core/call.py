@@ -42,12 +42,9 @@ Result = Tensor | tuple[Tensor, Tensor, None]
 def check_flags(**given: object) -> None:
     """ValueError unless all are True or False: what slipped into the place of a flag is another argument."""
     for name, flag in given.items():
-        one = isinstance(flag, Tensor) and flag.numel() == 1 and flag.dtype == torch.bool
-        if (
-            not one
-            and not isinstance(flag, (bool, np.bool_, torch.SymBool))
-            and not (isinstance(flag, Integral) and flag in (0, 1))
-        ):
+        number = isinstance(flag, Integral) and flag in (0, 1)
+        tensor = isinstance(flag, Tensor) and flag.numel() == 1 and flag.dtype == torch.bool
+        if not (number or tensor or isinstance(flag, (bool, np.bool_, torch.SymBool))):
             raise ValueError(f"{name}={flag!r}: give True or False")
 
 
