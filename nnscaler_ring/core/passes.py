@@ -253,7 +253,7 @@ def _attend(
 
         def run(step: Step, k: Tensor, v: Tensor, grads: KVSums | None) -> None:
             here = replace(mine, k_at=k_at.get(step)) if k_at else mine
-            for calls in step.calls if k.shape[2] else ():
+            for calls in step.calls if len(q) and k.shape[2] else ():
                 part = _features(calls.part, job.recipe, q)
                 rows, keys = q[:, :, heads, part], k[..., part]
                 kernel.merge(results, rows, keys, v, calls.spans, calls.window, here)
@@ -354,7 +354,7 @@ def _differentiate_attend(
             here = replace(mine, k_at=k_at.get(step)) if k_at else mine
             read = (out[:, :, heads], d_out[:, :, heads], lse[:, heads])
             of_lse = None if d_lse is None else d_lse[:, heads]
-            for calls in step.calls if k.shape[2] else ():
+            for calls in step.calls if len(q) and k.shape[2] else ():
                 part = _features(calls.part, job.recipe, q)
                 sums = dq.parts[n * len(features) + calls.part], grads.k[calls.part], grads.v
                 plain = q[:, :, heads, part], *read, *sums
