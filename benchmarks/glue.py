@@ -75,6 +75,8 @@ class InPlace(Nothing):
     Beyond the result, which any kernel stores, it reads what rows had, in fp32, and stores in fp32 what is not the last.
     """
 
+    rounds = False
+
     def __init__(self, moved: Moved) -> None:
         self._moved = moved
 

@@ -56,7 +56,8 @@ def table(repeats: int) -> str:
         *NAMED,
     )
     about = (
-        f"{A_RANK:,} tokens a rank, Hq/Hk/D = {SHAPE.heads}/{SHAPE.heads_k}/{SHAPE.dim}, bf16 rows, fp32 gradients, {SPEED.name}.\n"
+        f"{A_RANK:,} tokens a rank, Hq/Hk/D = {SHAPE.heads}/{SHAPE.heads_k}/{SHAPE.dim}, bf16 rows, sums of gradients in fp32,\n"
+        f"{SPEED.name}.\n"
         "MB are of the forward pass, calls and merges of the busiest rank; the last columns are modelled efficiencies, forward +\n"
         "backward, on " + ", ".join(f"{NETWORKS[name].name} ({name})" for name in NAMED) + ".\n"
         "Bold: this package. full_ring and broadcast are the rings and the all-gather that carry every row to every rank."

@@ -248,7 +248,7 @@ def _add_shape(group: argparse._ArgumentGroup) -> None:
         ("--head-dim-v", None, "of values"),
         ("--batch", 1, "batch rows"),
         ("--dtype-bytes", 2, "bytes of an element"),
-        ("--gradient-bytes", 4, "bytes of an element of a gradient that travels"),
+        ("--gradient-bytes", 4, "bytes of an element of a sum of gradients that travels; what one call gives has --dtype-bytes"),
     ):
         shown = default or "--head-dim"
         group.add_argument(flag, type=_some, default=default, metavar="N", help=f"{told} (default: {shown})")
@@ -458,7 +458,7 @@ def _words(options: argparse.Namespace) -> str:
 def _machine(options: argparse.Namespace, shape: Shape) -> str:
     dims = f"{shape.dim}" if shape.dim == shape.dim_v else f"{shape.dim} and {shape.dim_v}"
     batch = f"{shape.batch} batch rows, " if shape.batch > 1 else ""
-    elements = f"{shape.element} bytes an element, {shape.gradient} of a gradient"
+    elements = f"{shape.element} bytes an element, {shape.gradient} of a sum of gradients"
     return f"{batch}{shape.heads} heads, {shape.heads_k} key heads of {dims}, {elements}; {SPEEDS[options.speed].name}"
 
 

@@ -270,6 +270,7 @@ def test_the_first_block_is_copied() -> None:
 
 def test_a_slice_of_rows() -> None:
     parts, _, _ = blocks(2, 1.0)
+    ulps = {"rtol": 4e-16, "atol": 4e-16}  # torch's loops over vectors and over what is left of them, which rows are in, may differ
     out, lse = update_out_and_lse(None, None, *parts[0])
     whole, whole_lse = update_out_and_lse(out.clone(), lse.clone(), *parts[1])
     first, first_lse = out.clone(), lse.clone()
@@ -277,8 +278,8 @@ def test_a_slice_of_rows() -> None:
     block_out, block_lse = parts[1]
     got, got_lse = update_out_and_lse(out, lse, block_out[:, 1:3], block_lse[:, :, 1:3], slice_=rows)
     assert got is out and got_lse is lse
-    torch.testing.assert_close(got[rows], whole[rows], rtol=0, atol=0)
-    torch.testing.assert_close(got_lse[rows], whole_lse[rows], rtol=0, atol=0)
+    torch.testing.assert_close(got[rows], whole[rows], **ulps)
+    torch.testing.assert_close(got_lse[rows], whole_lse[rows], **ulps)
     for row in (0, 3):
         assert torch.equal(got[:, row], first[:, row]) and torch.equal(got_lse[:, row], first_lse[:, row])
     index = (slice(None), torch.tensor([1, 2]))  # a copy

@@ -73,6 +73,12 @@ def test_a_timeline_by_hand() -> None:
     assert sender.total == pytest.approx(wait) and len(sender.compute) == 2
     back = timeline(plan(mask, held, held, "ring", 1), ONE, SLOW, network, backward=True)
     assert back.total == pytest.approx(wait + 2.5 * tile + 2 * wait), "gradients are fp32, and leave when the calls have ended"
+    straight = [
+        timeline(plan(mask, held, held, "halo", 1), ONE, replace(SLOW, rounds=r), network, backward=True) for r in (False, True)
+    ]
+    assert [each.total - wait - 2.5 * tile for each in straight] == [pytest.approx(2 * wait), pytest.approx(wait)], (
+        "one call gave them"
+    )
     around = timeline(plan(mask, held, held, "ring", 0), ONE, SLOW, Network("", 1.0, 0.0), around=(3, 5))
     assert around.total == pytest.approx(3 + rows + 5)
 
@@ -187,11 +193,13 @@ def test_bytes_of_a_step_by_hand() -> None:
     """32 rows a rank of 3 heads of 3 elements, values of 5, in 2 bytes; of 4 parts at once each moves 8 / 4 bytes of their sum."""
     mask, held, shape = build_mask(96), build("contiguous", 96, 3), Shape(heads=3, heads_k=1, dim=3, dim_v=5)
     ring, gather = (plan(mask, held, held, way, 2) for way in ("ring", "all_gather"))
-    assert [step_bytes(ring, t, shape, 4, False) for t in range(3)] == [0, 32 * 15 * (2 + 2), 32 * 15 * (2 + 2)]
+    assert SLOW.at_once == 4
+    assert [step_bytes(ring, t, shape, SLOW, False) for t in range(3)] == [0, 32 * 15 * (2 + 2), 32 * 15 * (2 + 2)]
     merged, made, home = 32 * 9 * (2 + 2), 32 * 8 * (2 + 4), 32 * 8 * (4 + 2)  # dQ; dK and dV to fp32; those of the own rows
-    assert [step_bytes(ring, t, shape, 4, True) for t in range(3)] == [0, merged + made + 32 * 8 * 4, merged + made + home]
+    assert [step_bytes(ring, t, shape, SLOW, True) for t in range(3)] == [0, merged + made + 32 * 8 * 4, merged + made + home]
     own = 32 * 8 * (4 + 2)
-    assert step_bytes(gather, 1, shape, 4, True) == 3 * made + 2 * home + own
+    assert step_bytes(gather, 1, shape, replace(SLOW, rounds=False), True) == 3 * made + 2 * home + own
+    assert step_bytes(gather, 1, shape, SLOW, True) == 3 * 32 * 8 * (2 + 2), "as the call gave them"
 
 
 def test_ranks_that_are_looked_at_in_a_large_world() -> None:
@@ -241,12 +249,13 @@ def test_groups_grow_in_small_worlds_under_simple_masks_alone() -> None:
         (2, 16384, 4096, "contiguous", (32, 8), "nvlink", "halo"),  # which takes longer, but not clearly
         (2, 4096, -1, "zigzag", (8, 8), "400g", "all_to_all"),  # keys and values would travel twice
         (2, 2048, -1, "zigzag", (8, 8), "nvlink", "halo"),  # 4 messages for heads
-        (2, 1024, -1, "zigzag", (8, 8), "nvlink", "all_to_all"),  # one call, not two
-        (3, 1024, -1, "contiguous", (28, 4), "nvlink", "all_to_all"),  # and one wait
+        (2, 1024, -1, "zigzag", (8, 8), "nvlink", "halo"),  # and gradients of 2 bytes
+        (3, 1024, -1, "contiguous", (28, 4), "nvlink", "all_to_all"),  # one call, not two, and one wait
         (16, 4608, -1, "contiguous", (24, 24), "400g", "all_to_all"),  # 2 heads or 1
         (8, 4096, -1, "zigzag", (28, 4), "nvlink", "ring"),  # one with 4 heads would be waited for
         (4, 4096, 1024, "contiguous", (6, 6), "400g", "halo"),  # and one that sends more
-        (8, 16384, 1024, "zigzag", (16, 16), "100g", "all_to_all"),  # few own rows to hide a halo behind
+        (8, 16384, 1024, "zigzag", (16, 16), "100g", "halo"),  # few own rows to hide it behind, but few to send
+        (8, 16384, 2048, "zigzag", (16, 16), "100g", "all_to_all"),  # more
     ],
 )
 def test_the_best_transport_where_two_are_near(

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .agree import asked, check_alike
 from .device import sum_dtype
 from .layouts import looks_at_documents, shown
-from .passes import Extras, Job, backward, forward, inner_of, job_of
+from .passes import Extras, Job, backward, forward, inner_of, job_of, kernel_for
 from .recipe import Recipe, content, layout_of
 from .teams import deal, teams
 from .transport import Transport, transport_of
@@ -91,7 +91,8 @@ def _extras(job: Job, alibi: Tensor | None, bias: Tensor | None, sink: Tensor | 
 
 def _facts(job: Job, qkv: Sequence[Tensor], scale: float, seed: int, tables: Sequence[Tensor | None]) -> Mapping[str, object]:
     """What ranks that share a sequence must say alike."""
-    (q, k, v), bias = qkv, tables[4]
+    (q, k, v), alibi, bias = qkv, *tables[3:5]
+    there = {"alibi": alibi is not None, "bias": bias is not None}
     said = {name: value for name, value in asdict(job.recipe).items() if name not in ("group", "rank")}
     return {
         "layout": said.pop("layout"),
@@ -102,15 +103,23 @@ def _facts(job: Job, qkv: Sequence[Tensor], scale: float, seed: int, tables: Seq
         "seq_len": (job.q_layout.length, job.k_layout.length),
         "cu_seqlens": [None if x is None else x.tolist() for x in tables[:2]],
         # Of llama3's, whose transport is broadcast, a rank knows its own.
-        "the slices of their Mask": None if tables[2] is None or job.recipe.transport == "broadcast" else tables[2].tolist(),
+        "the slices of their Mask": _once(job)
+        if job.recipe.transport == "broadcast"
+        else tables[2] is not None and tables[2].tolist(),
         "which of alibi_slopes, bias and learnable_sink they pass": [x is not None for x in tables[3:]],
         "dtype of the bias, or whether it has a gradient": bias is not None and (bias.dtype, bias.requires_grad),
         "batch, heads or head dims": [(x.shape[0], *x.shape[2:]) for x in (q, k, v)],
         "dtype": q.dtype,
+        "dtype in which the kernel that each has gives gradients": kernel_for(job.recipe, q, k, v, there).gives(k.dtype),
         "softmax_scale": scale,
         "dropout_seed, which torch's CPU generator draws where it is not given": seed,
         "whether their tokens are as many as the layout gives": (q.shape[1], k.shape[1]) == _wanted_rows(job),
     }
+
+
+def _once(job: Job) -> bool:
+    """Whether all gradients that arrive are what one call gives."""
+    return all(m.once for plan in job.plans for step in plan.steps for m in step.home_receive)
 
 
 def _wanted_rows(job: Job) -> tuple[int, int]:

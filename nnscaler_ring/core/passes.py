@@ -28,7 +28,7 @@ from .steps import RankPlan, Step, among
 from .sums import Whole
 from .teams import Team, team_of, teams
 from .transport import Exchange, LocalTransport, Transport, Wait, transport_of
-from .walk import KVSums, Visit, staggered, walk
+from .walk import KVSums, Visit, Wire, staggered, walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,9 +185,15 @@ def kernel_for(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Mapping[
     return kernels.choose(recipe.kernel, Case(q.device.type, q.dtype, *sizes, recipe.deterministic, names))
 
 
-def _kernel(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Extras, d_lse: Tensor | None = None) -> Kernel:
-    there = {"alibi": extras.alibi, "bias": extras.bias, "d_lse": d_lse}
-    return kernel_for(recipe, q, k, v, {name: x is not None for name, x in there.items()})
+def _kernel(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Extras, d_lse: bool = False) -> Kernel:
+    return kernel_for(recipe, q, k, v, {"alibi": extras.alibi is not None, "bias": extras.bias is not None, "d_lse": d_lse})
+
+
+def _wire(recipe: Recipe, dtype: torch.dtype, known: Kernel, kernel: Kernel) -> Wire:
+    """How gradients of keys and values of a dtype travel: by the kernel `known` to all ranks. That which this one calls is another
+    where it alone has a gradient of the log-sum-exp, which the former does not take."""
+    sums, (once, calls) = recipe.wire(dtype), (each.gives(dtype) for each in (known, kernel))
+    return Wire(sums, sums if recipe.reduce_dtype else once, calls)
 
 
 Forward = Generator[Exchange, Wait, tuple[Tensor, Tensor, list[Tensor]]]
@@ -363,12 +369,14 @@ def _differentiate_attend(
 
         return run
 
+    wire = Wire(exact, exact, exact)
     if k.shape[2]:
-        kernel = _kernel(job.recipe, q, k, v, extras, d_lse)
+        kernel = _kernel(job.recipe, q, k, v, extras, d_lse is not None)
+        wire = _wire(job.recipe, k.dtype, _kernel(job.recipe, q, k, v, extras), kernel)
     walks = []
     for n, (_, hk) in enumerate(split):
         home = KVSums(dk.parts[n * len(features) : (n + 1) * len(features)], dv.parts[n])
-        walks.append(walk(plan, k[:, :, hk], v[:, :, hk], visit(n), home, job.recipe.wire(k.dtype)))
+        walks.append(walk(plan, k[:, :, hk], v[:, :, hk], visit(n), home, wire))
     yield from staggered(walks)
     d_sink = None if extras.sink is None else _of_sink(extras.sink, d_lse, d_out, out, lse)
     return dq.finish(), dk.finish(), dv.finish(), d_bias, d_sink

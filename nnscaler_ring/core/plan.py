@@ -124,6 +124,18 @@ def rows_sent(mask: Mask, q: Layout, k: Layout, transport: str) -> int:
     return int(rows_needed(mask, q, k).sum())
 
 
+def rows_once(mask: Mask, q: Layout, k: Layout, transport: str) -> int:
+    """Of `rows_sent`, those of messages whose gradients one call gives, see `Message.once`."""
+    how, once = TRANSPORTS[transport], 0
+    if how.everything and not how.relay:
+        return rows_sent(mask, q, k, transport) * _apart(mask, q)
+    for reader in range(k.world_size) if not how.relay else ():
+        rows = visible(mask, q, k, reader=reader)[:, [1, 4, 5]]
+        origin, lo, hi = union(*rows[rows[:, 0] != reader].T)
+        once += int((hi - lo)[~np.isin(origin, list(_twice(*rows.T)))].sum())
+    return once
+
+
 # -- straight to the reader: all_gather, halo ---------------------------------------------------------------------------------
 
 
@@ -136,13 +148,18 @@ def _direct(mask: Mask, q: Layout, k: Layout, rank: int, route: Route) -> RankPl
     buffer = _buffer(reads if joined else reads[reads[:, 1] != rank], k)
     origin, lo, hi, start = buffer.T
     end, others = start + hi - lo, origin != rank
-    wanted = _reads(visible(mask, q, k, origin=rank)[:, [0, 1, 4, 5]], k, route.everything)
+    wanted = visible(mask, q, k, origin=rank)[:, [0, 1, 4, 5]]
+    again = _twice(*wanted[:, [0, 2, 3]].T), _twice(*mine[late][:, [1, 4, 5]].T)
+    wanted = _reads(wanted, k, route.everything)
     wanted = wanted[(wanted[:, 1] == rank) & (wanted[:, 0] != rank)]
     runs = k.row0[k.runs[:, 0] == rank]
     readers = np.unique(wanted[:, 0])
     breaks = np.repeat(readers, len(runs)), np.tile(runs, len(readers))
     send = _in_parts(*union(wanted[:, 0], wanted[:, 2], wanted[:, 3], breaks))
     receive = _in_parts(origin[others], start[others], end[others])
+    if not route.everything or _apart(mask, q):
+        pairs = zip((send, receive), again, strict=True)
+        send, receive = (tuple(replace(m, once=m.peer not in twice) for m in messages) for messages, twice in pairs)
     own = _end_to_end(np.column_stack([lo, hi, start, end])[~others])
     q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
     bands = mine[:, 2:].copy()
@@ -150,8 +167,8 @@ def _direct(mask: Mask, q: Layout, k: Layout, rank: int, route: Route) -> RankPl
     first, second = _calls(bands, late.astype(np.int64), part, 2, q_rows)
     steps = [Step(k_rows, calls=first, holds=np.array([[rank, 0, k_rows, 0]]))]
     if q.world_size > 1:
-        size = int((hi - lo).sum())
-        steps.append(Step(size, send, receive, own, room=size, calls=second, holds=buffer, home_send=receive, home_receive=send))
+        moves = Step(int((hi - lo).sum()), send, receive, own, home_send=receive, home_receive=send)
+        steps.append(replace(moves, room=moves.size, calls=second, once=not again[1], holds=buffer))
     return RankPlan(rank, q.world_size, q_rows, k_rows, tuple(steps))
 
 
@@ -159,6 +176,13 @@ def _of_rank(mask: Mask, q: Layout, k: Layout, rank: int) -> tuple[np.ndarray, n
     """The bands of a rank's queries, and the part of each."""
     bands = [visible(mask, q, k, reader=rank, part=part) for part in range(mask.num_parts)]
     return np.concatenate(bands), np.repeat(np.arange(mask.num_parts), [len(each) for each in bands])
+
+
+def _apart(mask: Mask, q: Layout) -> bool:
+    """Whether no rank reads a row twice, as far as any rank can tell that knows only the slices of its own queries, as llama3's do:
+    slices of other keys each, as documents are, and one run of queries a rank."""
+    keys, ranks = mask.table[:, 2:4], q.runs[:, 0]
+    return len(np.unique(ranks)) == len(ranks) and not _twice(np.zeros_like(keys[:, 0]), *keys.T)
 
 
 def _reads(ranges: np.ndarray, k: Layout, everything: bool) -> np.ndarray:
@@ -211,6 +235,13 @@ def _in_parts(peer: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[Message
         replace(m, parts=sizes[m.peer]) if 1 < len(sizes[m.peer]) <= PARTS and min(sizes[m.peer]) >= LONG else m
         for m in _messages(peer, lo, hi)
     )
+
+
+def _twice(peer: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> set[int]:
+    """The peers among whose rows ``lo:hi`` some are there twice, so that two calls may read them."""
+    order = np.lexsort((lo, peer))
+    peer, lo, hi = peer[order], lo[order], hi[order]
+    return set(peer[1:][(peer[1:] == peer[:-1]) & (lo[1:] < hi[:-1])].tolist())
 
 
 PARTS, LONG = 4, 32

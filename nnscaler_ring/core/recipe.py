@@ -33,7 +33,8 @@ class Recipe:
         softcap, dropout: see `kernels.base.Scores`.
         far: keys so many tokens before a query or more are scored by the second half of q's and k's features; None for no halves.
         batch0, head0: numbers of the first batch row and head in the whole model, where ranks have others besides.
-        reduce_dtype: name of the dtype in which gradients of keys and values travel; fp32 (float64 for float64) where empty.
+        reduce_dtype: name of the dtype in which gradients of keys and values travel; where empty they lose nothing: sums travel in
+            fp32 (float64 for float64), others as one call gave them.
         returns_lse: the caller gets the log-sum-exp, which may then have a gradient, on one rank or on all.
         rank: this process's rank, in graphs whose shapes depend on it: torch keeps compiled graphs on disk for all ranks of a
             machine and finds them by their content, so this must differ. Nothing reads it; 0 elsewhere.
@@ -64,7 +65,7 @@ class Recipe:
         return 1 if self.far is None else 2
 
     def wire(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which gradients of keys and values of a dtype travel; sums are of `sum_dtype` dtype in any case."""
+        """The dtype in which sums of gradients travel of keys and values of a dtype."""
         return getattr(torch, self.reduce_dtype) if self.reduce_dtype else sum_dtype(dtype)
 
     @lru_cache(maxsize=PACKINGS)  # noqa: B019  # a layout without a name may take 500 kB

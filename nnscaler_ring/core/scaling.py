@@ -19,8 +19,8 @@ from .cost import TILE, step_tiles, tiles
 from .intervals import overlaps
 from .layout import PACKINGS, Layout
 from .mask import Mask, ramp
-from .plan import ALL_TO_ALL, choose, plan, rows_given, rows_sent
-from .steps import RankPlan, Step
+from .plan import ALL_TO_ALL, choose, plan, rows_given, rows_once, rows_sent
+from .steps import Message, RankPlan, Step
 from .teams import Share, deal, teams
 
 
@@ -46,8 +46,8 @@ NETWORKS: Mapping[str, Network] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Speed:
-    """A kernel on a device: FLOP/s of forward and backward calls on large blocks, s a launch, bytes/s of its memory, and how many
-    results or gradients of a row are put together at once."""
+    """A kernel on a device: FLOP/s of forward and backward calls on large blocks, s a launch, bytes/s of its memory, how many
+    results or gradients of a row are put together at once, and whether it `rounds` gradients to the dtype of keys and values."""
 
     name: str
     forward: float
@@ -55,6 +55,7 @@ class Speed:
     launch: float = 6e-6
     memory: float = 3.0e12
     at_once: int = 4
+    rounds: bool = True
 
 
 SPEEDS: Mapping[str, Speed] = MappingProxyType(
@@ -62,7 +63,7 @@ SPEEDS: Mapping[str, Speed] = MappingProxyType(
         "fa2-h100": Speed("FlashAttention-2, H100", 366e12, 330e12),
         "cudnn-h200": Speed("cuDNN, H200", 655e12, 526e12, memory=4.0e12),
         "fa4-h200": Speed("FlashAttention-4, H200", 675e12, 629e12, memory=4.0e12),
-        "cpu-core": Speed("torch on one CPU core", 50e9, 45e9, 2e-5, 1e10, at_once=1),
+        "cpu-core": Speed("torch on one CPU core", 50e9, 45e9, 2e-5, 1e10, at_once=1, rounds=False),
     }
 )
 """Kernels that have a name, with what they reach on 8k tokens, head dim 128, bf16, causal."""
@@ -87,7 +88,7 @@ def machine_of(device: str, world_size: int) -> tuple[Speed, Network]:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A layer: heads, head dims, and bytes of an element of q, k and v and of a gradient that travels."""
+    """A layer: heads, head dims, and bytes of an element of q, k and v and of a sum of gradients that travels."""
 
     heads: int = 32
     heads_k: int = 8
@@ -104,8 +105,12 @@ class Shape:
 
     @property
     def gradient_row(self) -> int:
-        """Bytes of one token's dK and dV."""
+        """Bytes of one token's dK and dV where they are sums."""
         return self.batch * self.heads_k * (self.dim + self.dim_v) * self.gradient
+
+    def once_row(self, speed: Speed) -> int:
+        """Bytes of one token's dK and dV that are what one call gives."""
+        return min(self.row, self.gradient_row) if speed.rounds else self.gradient_row
 
     def flops(self, backward: bool = False) -> int:
         """FLOPs of one (query, key) pair in all heads: two products forward; five backward, the scores again among them."""
@@ -155,10 +160,11 @@ def timeline(
             arrived = send(f"rows of step {t + 1}", _rows(following) * shape.row, len(following.receive), start)
         flops = step_tiles(step) * TILE * TILE * shape.flops(backward)
         calls = flops / (speed.backward if backward else speed.forward) + speed.launch * len(step.calls)
-        done = start + calls + step_bytes(walk, t, shape, speed.at_once, backward) / speed.memory
+        done = start + calls + step_bytes(walk, t, shape, speed, backward) / speed.memory
         compute.append(Bar(f"step {t}", start, done))
         if backward and t:
-            send(f"gradients of step {t}", _gradient_rows(walk, t) * shape.gradient_row, 1, done)
+            busier = max(_gradient_bytes(side, shape, speed) for side in walk.gradients(t))
+            send(f"gradients of step {t}", busier, 1, done)
     send("heads to tokens", around[1], 1, done)
     return Timeline(tuple(compute), tuple(wire))
 
@@ -168,25 +174,27 @@ def _rows(step: Step) -> int:
     return max(sum(m.size for m in side) for side in (step.send, step.receive))
 
 
-def _gradient_rows(walk: RankPlan, t: int) -> int:
-    return max(sum(m.size for m in side) for side in walk.gradients(t))
+def _gradient_bytes(messages: Sequence[Message], shape: Shape, speed: Speed) -> int:
+    return sum(m.size * (shape.once_row(speed) if m.once else shape.gradient_row) for m in messages)
 
 
-def step_bytes(walk: RankPlan, t: int, shape: Shape, at_once: int, backward: bool) -> float:
+def step_bytes(walk: RankPlan, t: int, shape: Shape, speed: Speed, backward: bool) -> float:
     """What a step reads and writes besides its calls: results merged, or gradients added up, `at_once` of a row in one pass.
 
     Each part counts with its own bytes and its share of reading and writing the sum in fp32. Gradients of rows that came from
-    others are made fp32 to travel, with what has arrived for them. Copies into and out of messages are left out.
+    others are made fp32 to travel, with what has arrived for them, unless one call gives them all. Copies into and out of messages
+    are left out.
     """
-    step, total = walk.steps[t], 8 / at_once
+    step, total = walk.steps[t], 8 / speed.at_once
     merged = sum(int((b[:, 1] - b[:, 0])[b[:, 2] == 0].sum()) for b in (calls.blocks for calls in step.calls))
     moved = merged * shape.batch * shape.heads * (shape.dim if backward else shape.dim_v) * (shape.element + total)
     if backward and t:
         home, own = sum(m.size for m in step.home_receive), int((step.own[:, 1] - step.own[:, 0]).sum())
-        came = sum(m.size for s in walk.steps[t + 1 : t + 2] for m in s.receive)
         width = shape.batch * shape.heads_k * (shape.dim + shape.dim_v)
-        moved += step.size * (shape.row + 4 * width) + came * shape.gradient_row + home * (shape.gradient_row + total * width)
-        moved += own * (4 + total) * width
+        given = speed.rounds and step.once
+        moved += 0 if given else step.size * (shape.row + 4 * width)
+        moved += _gradient_bytes(walk.gradients(t)[1], shape, speed) + home * total * width
+        moved += own * ((shape.row if given else 4 * width) + total * width)
     return moved
 
 
@@ -282,8 +290,8 @@ def report(
     busiest, around = of_busiest(shape, shares), most_head_bytes(shape, shares, held)
     ways = (transport, transport)
     if transport == "auto" or outer.world_size == 1:
-        forward, back = (row_transport(mask, (outer, outer), busiest, (speed, network), backward) for backward in (False, True))
-        ways = forward, back
+        forward, backward = (row_transport(mask, (outer, outer), busiest, (speed, network), back) for back in (False, True))
+        ways = forward, backward
     pairs, needed = rank_pairs(mask, outer), rows_needed(mask, outer, outer)
     looked_at = list(range(outer.world_size))
     if outer.world_size > most:
@@ -293,7 +301,10 @@ def report(
     before, after = head_bytes(shape, shares, held)
     seconds = np.array([[timeline(p, busiest, speed, network, bool(n), around[n]).total for p in planned[n]] for n in range(2)])
     lines = seconds.max(axis=1).tolist()
-    rows = rows_sent(mask, outer, outer, ways[0]) * sum(s.k[1] - s.k[0] for s in shares) // shape.heads_k
+    heads = sum(s.k[1] - s.k[0] for s in shares)
+    rows, rows_back = (rows_sent(mask, outer, outer, way) * heads // shape.heads_k for way in ways)
+    once = rows_once(mask, outer, outer, ways[1]) * heads // shape.heads_k
+    back = rows_back * shape.row + once * shape.once_row(speed) + (rows_back - once) * shape.gradient_row
     worked = [tiles(p) for p in plans]
     spread = busiest.heads * inner / shape.heads
     alone = pairs.sum() / world * (shape.flops() / speed.forward + shape.flops(True) / speed.backward)
@@ -306,7 +317,7 @@ def report(
         tile_balance=max(worked) * len(worked) / max(sum(worked), 1) * spread if len(plans) == outer.world_size else None,
         needed=int(needed.sum()) * shape.row if inner == 1 else None,
         sent=rows * shape.row + int(before[0].sum() + after[0].sum()),
-        sent_backward=rows * (shape.row + shape.gradient_row) + int(before[1].sum() + after[1].sum()),
+        sent_backward=back + int(before[1].sum() + after[1].sum()),
         calls=max(p.num_calls for p in plans),
         merges=max(p.num_merges for p in plans),
         forward=lines[0],
@@ -393,7 +404,7 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
     pairs, needed = rank_pairs(mask, held), rows_needed(mask, held, held)
     a_pair = shape.flops() / speed.forward + shape.flops(True) / speed.backward
     compute, mean = float(pairs.max()) * a_pair, float(pairs.mean()) * a_pair
-    row = 2 * shape.row + shape.gradient_row  # keys and values twice, gradients once
+    row = 2 * shape.row + (shape.once_row(speed) if rows == "halo" else shape.gradient_row)  # keys and values twice, gradients once
     own = float((held.counts / np.maximum(held.counts + needed, 1)).min())  # of the keys that a rank reads
     hidden = mean * (own if rows == "halo" else (world - 1) / world)
     most = float(np.maximum(needed, rows_given(mask, held, held)).max() if rows == "halo" else needed.max()) * row

@@ -25,11 +25,13 @@ class Message:
     Attributes:
         parts: rows of each part, where the message travels in several: the same for sender and receiver, and each part one
             interval on both sides, so that neither copies it.
+        once: no row is read by two calls of the rank that gets them, nor passed on: its gradient is what one call gives.
     """
 
     peer: int
     rows: np.ndarray
     parts: tuple[int, ...] = ()
+    once: bool = False
 
     @cached_property
     def pieces(self) -> tuple[Message, ...]:
@@ -40,7 +42,8 @@ class Message:
         end = np.cumsum(self.parts)
         at = np.searchsorted(within, end)  # the interval of each part
         hi = self.rows[at, 1] - (within[at] - end)
-        return tuple(Message(self.peer, np.array([[b - size, b]])) for b, size in zip(hi.tolist(), self.parts, strict=True))
+        rows = [np.array([[b - size, b]]) for b, size in zip(hi.tolist(), self.parts, strict=True)]
+        return tuple(replace(self, rows=each, parts=()) for each in rows)
 
     @property
     def size(self) -> int:
@@ -93,6 +96,7 @@ class Step:
         room: rows of the memory that begins with this step; 0 where it goes on with that of the step before, or nothing comes.
         ends: the memory is full with this step: calls run, gradients leave.
         calls: what runs then, on rows of the memory.
+        once: as of messages, of all rows of the buffer, which then has a memory of its own.
         holds: ``[n, 4]`` ``(origin, lo, hi, start)``: which rows the memory then holds, and where.
         home_send: rows of this buffer whose gradient goes to the rank that owns them.
         home_receive: rows of the own shard whose gradient arrives.
@@ -106,6 +110,7 @@ class Step:
     room: int = 0
     ends: bool = True
     calls: tuple[Calls, ...] = ()
+    once: bool = False
     holds: np.ndarray = field(default_factory=_no_rows)
     home_send: tuple[Message, ...] = ()
     home_receive: tuple[Message, ...] = ()

@@ -96,6 +96,18 @@ def outgoing(own: KV, messages: Sequence[Message]) -> Callable[[np.ndarray], KV]
     return lambda rows: made[rows.tobytes()]
 
 
+@dataclass(frozen=True)
+class Wire:
+    """In which dtype gradients travel: of sums, and of rows whose gradient is what one call gives; `calls` give them in theirs."""
+
+    sums: torch.dtype
+    once: torch.dtype
+    calls: torch.dtype
+
+    def of(self, message: Message) -> torch.dtype:
+        return self.once if message.once else self.sums
+
+
 @dataclass(frozen=True, eq=False)
 class KVSums:
     """dK and dV of some rows, to which calls and messages add; dK in a sum for each part of the features."""
@@ -109,6 +121,11 @@ class KVSums:
         """In the memory of rows, uninitialised."""
         return cls([Sum(x, into=x) for x in rows.k.chunk(parts, -1)], Sum(rows.v, into=rows.v), rows)
 
+    @classmethod
+    def given(cls, rows: KV, parts: int) -> KVSums:
+        """What one call gives for each row of a step, in their dtype; it is not copied where one call gives all."""
+        return cls([Sum(x, end=x.dtype) for x in rows.k.chunk(parts, -1)], Sum(rows.v, end=rows.v.dtype))
+
     def add(self, rows: np.ndarray, part: KV) -> None:
         """Rows, end to end, for those of some intervals."""
         at = index_of(rows, part.keys.device) if len(rows) > MANY and self.v.most == 1 else None  # else by a table of rows
@@ -120,7 +137,9 @@ class KVSums:
 
     def filled(self, step: Step) -> KV:
         """The rows of a step in the memory, with all that has come."""
-        assert self.rows is not None
+        if self.rows is None:
+            keys = [total.result() for total in self.k]
+            return KV.of(keys[0] if len(keys) == 1 else torch.cat(keys, -1), self.v.result())
         for total in (*self.k, self.v):
             total.finish(step.at, step.at + step.size)
         return self.rows.part(step)
@@ -145,14 +164,14 @@ def put(data: Tensor, rows: np.ndarray, part: Tensor) -> None:
         start += hi - lo
 
 
-def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None, wire: torch.dtype | None) -> Walk:
+def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None, wire: Wire | None) -> Walk:
     """One pass over the steps: key/value rows go out, gradients come home.
 
     Args:
         k, v: the own shard, ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]``.
         visit: called with a step, its keys and values, and the sums of their gradients, to which it adds.
         home: the sums of the gradients of the own shard; None in the forward pass.
-        wire: dtype in which gradients travel; None in the forward pass.
+        wire: how gradients travel; None in the forward pass.
     """
     own = KV.of(k, v)
     arriving = yield from _fetch(plan, 1, None, own)
@@ -164,7 +183,7 @@ def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None
         arriving = yield from _fetch(plan, t + 1, memory, own)
         if not step.ends:
             continue
-        grads = None if home is None else KVSums.inside(memory.empty(memory.keys.shape[0], sum_dtype(k.dtype)), len(home.k))
+        grads = None if home is None or wire is None else _sums(step, memory, len(home.k), wire)
         visit(step, memory.k, memory.v, grads)
         del memory
         if home is not None and grads is not None and wire is not None:
@@ -172,8 +191,17 @@ def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None
                 here = plan.steps[s]
                 settle(grads, here.at)  # adds what the ranks before have gathered for these rows
                 settle = yield from _send_home(plan, s, grads.filled(here), home, wire)
+        del grads
         opened = t + 1
     settle(None, 0)
+
+
+def _sums(step: Step, memory: KV, parts: int, wire: Wire) -> KVSums:
+    """Of the rows of a memory that is full with a step: in the exact dtype, unless no row has a sum and calls give another."""
+    exact = sum_dtype(memory.keys.dtype)
+    if step.once and wire.calls != exact:
+        return KVSums.given(memory, parts)
+    return KVSums.inside(memory.empty(len(memory.keys), exact), parts)
 
 
 def _fetch(plan: RankPlan, t: int, memory: KV | None, own: KV) -> Generator[Exchange, Wait, Callable[[], KV]]:
@@ -208,16 +236,16 @@ def _fetch(plan: RankPlan, t: int, memory: KV | None, own: KV) -> Generator[Exch
 
 
 def _send_home(
-    plan: RankPlan, t: int, grads: KV, home: KVSums, wire: torch.dtype
+    plan: RankPlan, t: int, grads: KV, home: KVSums, wire: Wire
 ) -> Generator[Exchange, Wait, Callable[[KVSums | None, int], None]]:
     """Start sending the gradients of step `t`'s rows to whoever holds them next, or home; returns how to add what arrives."""
     step, onward = plan.steps[t], plan.steps[t + 1 : t + 2]
     send, _ = plan.gradients(t)
     for mine, there in _in_pieces(step.own):
         home.add(mine, grads.take(there))
-    to_home = [(m, grads.empty(m.size, wire)) for m in _pieces(step.home_receive)]
-    to_next = [(m, grads.empty(m.size, wire)) for s in onward for m in _pieces(s.receive)]
-    outbox = [(m.peer, grads.take(m.rows).to(wire)) for m in _pieces(send)]
+    to_home = [(m, grads.empty(m.size, wire.of(m))) for m in _pieces(step.home_receive)]
+    to_next = [(m, grads.empty(m.size, wire.of(m))) for s in onward for m in _pieces(s.receive)]
+    outbox = [(m.peer, grads.take(m.rows).to(wire.of(m)).contiguous()) for m in _pieces(send)]
     wait = yield _exchange(outbox, [(m.peer, x) for m, x in (*to_home, *to_next)], grads.keys.device)
 
     def settle(following: KVSums | None, at: int) -> None:

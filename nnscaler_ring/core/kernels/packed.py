@@ -84,6 +84,8 @@ WORTH = 16 << 20
 class Packed(Kernel):
     """A backend whose library takes rows end to end."""
 
+    rounds = True
+
     @abstractmethod
     def attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out as q with v's head dim, and lse: ``[H, T]``, or ``[B, H, rows]`` for a single span; -inf where nothing is seen."""
