@@ -6,7 +6,6 @@ import json
 import logging
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ import nnscaler_ring
 from nnscaler_ring.annotations import policies
 from nnscaler_ring.annotations.policies import pas_sequence, write_partition_constraints
 from nnscaler_ring.annotations.runtime import nnscaler_runtime
+from nnscaler_ring.core import engine, passes
 from nnscaler_ring.plugin import summed_cross_entropy
 from tests.test_nnscaler_runtime import needs_nnscaler
 
@@ -74,13 +74,7 @@ class Model(nn.Module):
         return summed_cross_entropy(self.head(y.reshape(1, -1, HEADS * self.dim)), labels)
 
 
-class Wide(Model):
-    """With heads as wide as they are used, so that merging results is small beside computing them."""
-
-    dim = 128
-
-
-def generated(directory: Path, policy: Any, ranks: int, length: int, model: type[Model] = Model, **options: Any) -> list[str]:
+def generated(directory: Path, policy: Any, ranks: int, length: int, **options: Any) -> list[str]:
     """The code of every rank, generated in this process."""
     import nnscaler
 
@@ -89,32 +83,35 @@ def generated(directory: Path, policy: Any, ranks: int, length: int, model: type
     with nnscaler_runtime("cpu"):
         config = nnscaler.ComputeConfig(ranks, ranks, trace_strategy="cpu", pas_config=options)
         where = {"gen_savedir": str(directory), "instance_name": directory.name}
-        nnscaler.parallelize(model, {"tokens": tokens, "labels": tokens}, policy, config, load_module=False, **where)
+        nnscaler.parallelize(Model, {"tokens": tokens, "labels": tokens}, policy, config, load_module=False, **where)
     return [path.read_text() for path in sorted(directory.rglob("gencode*.py"))]
 
 
-def profiled(directory: Path, front: str, causal: bool, parts: int) -> float:
-    """Milliseconds, forward and backward, of a piece of one op by nnscaler's profiler."""
+def profiled(directory: Path, front: str, causal: bool, parts: int) -> int:
+    """Pairs of a query and a key, over heads, that a piece of one op computes in a pass where nnscaler's profiler measures it."""
     from nnscaler.ir.operator import IRFwOperation
     from nnscaler.profiler.database import ProfileDataBase
 
-    spent: list[float] = []
+    work: dict[bool, set[int]] = {False: set(), True: set()}
+
+    def noted(recipe: Any, total: Any, tables: Any, qkv: Any, *rest: Any, backward: bool = False) -> Any:
+        job = passes.job_of(recipe, total, tables, qkv, *rest, backward=backward)
+        work[backward].add(qkv[0].shape[2] * sum(plan.pairs for plan in job.plans))
+        return job
 
     def measure(graph: Any, config: Any) -> Any:
         (node,) = [n for n in graph.select(ntype=IRFwOperation) if n.signature == "nnscaler_ring.ops.dense_attention"]
         node.kwargs["op"], node.kwargs["settings"] = front, json.dumps({"causal": causal})
         piece = node.algorithm("dim").instantiate(0, 1, parts)[0] if parts > 1 else node
-        database = ProfileDataBase()
-        with mock.patch.object(time, "perf_counter", time.process_time):  # other work on the machine does not count
-            spent.append(sum(_times(database.profile(piece, override=True))))
+        with mock.patch.object(engine, "job_of", noted):
+            metrics = ProfileDataBase().profile(piece, override=True)
+        assert metrics.fw_span > 0 and metrics.bw_span > 0
         return pas_sequence(graph, config)
 
-    generated(directory, measure, 1, 4096, Wide)
-    return spent[0]
-
-
-def _times(metrics: Any) -> tuple[float, float]:
-    return metrics.fw_span, metrics.bw_span
+    generated(directory, measure, 1, 1024)
+    (forward,), (backward,) = work.values()
+    assert forward == backward
+    return forward
 
 
 class TestCost:
@@ -123,15 +120,9 @@ class TestCost:
     @pytest.mark.parametrize(("front", "causal"), [("wrap_zigzag_attn_func", True), ("wrap_ring_attn_func", False)])
     def test_of_a_piece_is_its_share(self, tmp_path: Path, front: str, causal: bool) -> None:
         torch.set_num_threads(1)
-        best: dict[int, float] = {}
-        for turn in range(3):  # the least of a few turns: other work on the machine only adds
-            for parts in (1, 2, 4):
-                spent = profiled(tmp_path / f"{front}{parts}x{turn}", front, causal, parts)
-                best[parts] = min(spent, best.get(parts, spent))
-            shares = {parts: parts * spent / best[1] for parts, spent in best.items()}
-            if shares == pytest.approx(dict.fromkeys(shares, 1.0), abs=0.2):
-                return
-        pytest.fail(f"times of pieces, times their number, over that of the whole: {shares}")
+        work = {parts: profiled(tmp_path / f"{front}{parts}", front, causal, parts) for parts in (1, 2, 4)}
+        whole = HEADS * (1024 * 1025 // 2 if causal else 1024 * 1024)
+        assert work == {parts: whole // parts for parts in work}
 
 
 class TestAutodist:
