@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import packings
 from benchmarks.report import markdown
-from nnscaler_ring.core import held, merge, passes
+from nnscaler_ring.core import held, merge, passes, walk
 from nnscaler_ring.core.held import AGAIN, MORE, Part, Place
 from nnscaler_ring.core.intervals import covered
 from nnscaler_ring.core.kernels import Case, Grad, Scores
@@ -156,7 +156,7 @@ class Moved(TorchDispatchMode):
         kernel = InPlace(self) if in_place else Nothing()
         most, kernels = 4, SimpleNamespace(MOST=4, merge_=merge_, add_=add_)
         with ExitStack() as patches:
-            for module in (held, merge, passes):
+            for module in (held, merge, passes, walk):
                 patches.enter_context(mock.patch.object(module, "at_once", lambda _: most))
             patches.enter_context(mock.patch.object(held, "fused", lambda: kernels))
             patches.enter_context(
@@ -182,7 +182,9 @@ def count(mask: str, layout: str, transport: str, in_place: bool = False, *, ran
     cu = torch.tensor([0, *np.cumsum(packings.lengths(total, 0))], dtype=torch.int32) if mask == "packed mix" else None
     moved, most, seconds = [0, 0], [0, 0], [0.0, 0.0]
     for rank in range(ranks):
-        recipe = Recipe(group=f"pretend:{ranks}:{rank}", layout=layout, transport=transport, returns_lse=False, **MASKS[mask])
+        recipe = Recipe(
+            group=f"pretend:{ranks}:{rank}", layout=layout, transport=transport, returns_lse=False, keeps=True, **MASKS[mask]
+        )
         about = (recipe, (total, total), (cu, None, None))
         wanted = [torch.empty(1, tokens, heads, DIM, dtype=torch.bfloat16, device="meta") for heads in (HEADS, HEADS_K, HEADS_K)]
         jobs = [job_of(*about, wanted, DIM**-0.5, backward=back) for back in (False, True)]
@@ -193,10 +195,10 @@ def count(mask: str, layout: str, transport: str, in_place: bool = False, *, ran
             counted = Moved()
             with counted.like_an_accelerator(in_place), counted:
                 (plan,) = jobs[0].plans
-                ((out, lse, _),) = jobs[0].transport.run([forward(jobs[0], plan, q, k, v, extras)])
+                ((out, lse, kept),) = jobs[0].transport.run([forward(jobs[0], plan, q, k, v, extras)])
                 before = counted.bytes, counted.launches
                 (back,) = jobs[1].plans
-                jobs[1].transport.run([backward(jobs[1], back, None, [d_out, q, k, v, out, lse], [], extras, False)])
+                jobs[1].transport.run([backward(jobs[1], back, None, [d_out, q, k, v, out, lse], kept, extras, False)])
         after = counted.bytes - before[0], counted.launches - before[1]
         for n, (found, launches) in enumerate((before, after)):
             moved[n] += found

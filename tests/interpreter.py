@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnscaler_ring.core import held, merge, passes
+from nnscaler_ring.core import held, merge, passes, walk
 
 if importlib.util.find_spec("triton"):
     import triton
@@ -46,7 +46,7 @@ def missing_interpreter() -> str | None:
 def many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results and gradients are put together on CPU as on accelerators, four at a time by Triton; skips without it."""
     skip_without_triton("cpu")
-    for module in (held, merge, passes):
+    for module in (held, merge, passes, walk):
         monkeypatch.setattr(module, "at_once", lambda device: 4)
 
 

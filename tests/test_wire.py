@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -109,10 +110,14 @@ def test_what_a_rank_knows_of_the_slices_of_its_own_queries_alone() -> None:
         step, wanted = (plan(each, whole, whole, "broadcast", rank).steps[1] for each in (mask, seen))
         for mine, others in ((step.send, wanted.send), (step.receive, wanted.receive)):
             assert [(m.peer, m.rows.tolist(), m.once) for m in mine] == [(m.peer, m.rows.tolist(), True) for m in others]
+    few, held = build_mask(3, causal=True, window=(1, 0), sinks=1), build("contiguous", 3, 4)
+    assert {engine._once(SimpleNamespace(plans=[p])) for p in plans(few, held, held, "broadcast")} == {False}, (
+        "of ranks without rows"
+    )
     sinks = build_mask(64, causal=True, window=(9, 0), sinks=2)
     for mask, held in ((sinks, whole), (seen, zigzag)):
         made = plans(mask, held, held, "broadcast")
-        assert not any(m.once for p in made for m in (*p.steps[1].send, *p.steps[1].receive))
+        assert not any(x.once for p in made for step in p.steps for x in (step, *step.send, *step.receive))
         assert rows_once(mask, held, held, "broadcast") == 0
 
 
@@ -201,28 +206,44 @@ def test_a_kernel_that_adds_in_fp32_sends_it(monkeypatch: pytest.MonkeyPatch) ->
     assert sent == 3 * 9 * 2 * 16 * (2 + 4)
 
 
-def test_ranks_agree_where_one_alone_has_a_gradient_of_the_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For which it takes another kernel: in which dtype gradients travel goes by the one that all have."""
+@pytest.mark.parametrize(("group", "who"), [("local:4", (2,)), ("local:4", (0, 1, 2, 3)), ("local:4x2", ())])
+def test_ranks_agree_where_some_have_a_gradient_of_the_log_sum_exp(
+    group: str, who: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For which they take another kernel, of exact gradients: no rank knows of the others, so all travel in fp32.
+
+    In a grid all have one where the log-sum-exp is returned; where asked for, fp32 is what heads travel in, too.
+    """
 
     def kernel_for(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, bool]) -> Kernel:
         return Reference() if extras["d_lse"] else Rounds()
 
     monkeypatch.setattr(passes, "kernel_for", kernel_for)
     given = oracle.inputs(0, (1, 96, 96), (4, 2, 8, 8), torch.bfloat16)
-    recipe = Recipe(group="local:4", transport="halo", causal=True, window=(30, 0))
-    want, most = gradients(recipe, given)
-    backward, seen = passes.backward, []
+    backward = passes.backward
 
-    def one_has_it(job: Any, plan: Any, d_lse: Tensor | None, saved: Any, *rest: Any) -> Any:
-        seen.append(plan.rank)
-        return backward(job, plan, torch.zeros_like(saved[5]) if plan.rank == 2 else None, saved, *rest)
+    def some_have_it(job: Any, plan: Any, d_lse: Tensor | None, saved: Any, *rest: Any) -> Any:
+        return backward(job, plan, torch.zeros_like(saved[5]) if plan.rank in who else d_lse, saved, *rest)
 
-    monkeypatch.setattr(engine, "backward", one_has_it)
-    got, sent = gradients(recipe, given)
-    assert sent == most and seen == [0, 1, 2, 3]
-    for mine, wanted in zip(got, want, strict=True):
-        assert oracle.error(mine, wanted) < 1e-2
-        assert not torch.equal(mine, wanted), "the other kernel was there"
+    monkeypatch.setattr(engine, "backward", some_have_it)
+    recipes = [Recipe(group=group, transport="halo", reduce_dtype=x, causal=True, window=(30, 0)) for x in ("", "float32")]
+    (got, sent), (want, most) = (gradients(recipe, given) for recipe in recipes)
+    assert sent == most or not who
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_a_kernel_that_takes_no_gradient_of_the_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rank can have one."""
+
+    def kernel_for(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, bool]) -> Kernel:
+        if extras["d_lse"]:
+            raise NotImplementedError
+        return Rounds()
+
+    monkeypatch.setattr(passes, "kernel_for", kernel_for)
+    given = oracle.inputs(0, (1, 96, 96), (4, 2, 8, 8), torch.bfloat16)
+    _, sent = gradients(Recipe(group="local:4", transport="halo", **WAYS["window"][1]), given)
+    assert sent == 3 * 9 * 2 * 16 * (2 + 2)
 
 
 def _bits(rank: int, world_size: int) -> list[bool]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
@@ -371,7 +372,8 @@ def _checked(
     check_differentiable(q, k, v, options.alibi_slopes, options.learnable_sink, options.bias)
     check_names(recipe)
     _check_flags(options)
-    recipe = replace(recipe, **{**_of_recipe(options), "window": check_window(options.window_size)})
+    keeps = _may_keep(q, k, v, options.bias, options.learnable_sink)
+    recipe = replace(recipe, **{**_of_recipe(options), "window": check_window(options.window_size), "keeps": keeps})
     for name, length in (("seq_len", rows.seq_len), ("seq_len_k", rows.seq_len_k)):
         if length is not None and not (isinstance(length, Integral) and length >= 0):
             raise ValueError(f"{name}={length!r}: give a number of tokens")
@@ -386,6 +388,12 @@ def _checked(
     check_extras(q, options, total[1])
     _check_kernel(q, k, v, recipe, options)
     return recipe, total, (cu_q, cu_k, slices)
+
+
+def _may_keep(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow; not of tensors without content, of which nobody knows how many rows others read."""
+    given = [x for x in tensors if x is not None and not isinstance(x, FakeTensor)]
+    return torch.is_grad_enabled() and any(x.requires_grad for x in given)
 
 
 def _check_kernel(q: Tensor, k: Tensor, v: Tensor, recipe: Recipe, options: Options) -> None:

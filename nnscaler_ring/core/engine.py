@@ -61,8 +61,8 @@ def attention(
         recipe: a `Recipe` as a string.
 
     Returns:
-        out ``[B, Lq, Hq, Dv]`` in q's dtype; lse ``[B, Hq, Lq]``, natural log, fp32 (float64 for float64); where ranks exchange
-        tokens for heads, what the backward pass reads instead of q, k, v, out and lse.
+        out ``[B, Lq, Hq, Dv]`` in q's dtype; lse ``[B, Hq, Lq]``, natural log, fp32 (float64 for float64); what is kept for the
+        backward pass: rows that came, or, where ranks exchange tokens for heads, what is read instead of q, k, v, out and lse.
     """
     job = job_of(Recipe.parse(recipe), (total_q, total_k), (cu_q, cu_k, slices), (q, k, v), scale, seed)
     if asked():
@@ -92,8 +92,8 @@ def _extras(job: Job, alibi: Tensor | None, bias: Tensor | None, sink: Tensor | 
 def _facts(job: Job, qkv: Sequence[Tensor], scale: float, seed: int, tables: Sequence[Tensor | None]) -> Mapping[str, object]:
     """What ranks that share a sequence must say alike."""
     (q, k, v), alibi, bias = qkv, *tables[3:5]
-    there = {"alibi": alibi is not None, "bias": bias is not None}
-    said = {name: value for name, value in asdict(job.recipe).items() if name not in ("group", "rank")}
+    there, broadcast = {"alibi": alibi is not None, "bias": bias is not None}, job.recipe.transport == "broadcast"
+    said = {name: value for name, value in asdict(job.recipe).items() if name not in ("group", "rank", "keeps")}
     return {
         "layout": said.pop("layout"),
         "transport": said.pop("transport"),
@@ -103,9 +103,8 @@ def _facts(job: Job, qkv: Sequence[Tensor], scale: float, seed: int, tables: Seq
         "seq_len": (job.q_layout.length, job.k_layout.length),
         "cu_seqlens": [None if x is None else x.tolist() for x in tables[:2]],
         # Of llama3's, whose transport is broadcast, a rank knows its own.
-        "the slices of their Mask": _once(job)
-        if job.recipe.transport == "broadcast"
-        else tables[2] is not None and tables[2].tolist(),
+        "the slices of their Mask": None if tables[2] is None or broadcast else tables[2].tolist(),
+        "whether their slices have keys in common, so that gradients are sums": broadcast and not _once(job),
         "which of alibi_slopes, bias and learnable_sink they pass": [x is not None for x in tables[3:]],
         "dtype of the bias, or whether it has a gradient": bias is not None and (bias.dtype, bias.requires_grad),
         "batch, heads or head dims": [(x.shape[0], *x.shape[2:]) for x in (q, k, v)],
@@ -118,8 +117,8 @@ def _facts(job: Job, qkv: Sequence[Tensor], scale: float, seed: int, tables: Seq
 
 
 def _once(job: Job) -> bool:
-    """Whether all gradients that arrive are what one call gives."""
-    return all(m.once for plan in job.plans for step in plan.steps for m in step.home_receive)
+    """Whether all gradients that travel are what one call gives."""
+    return all(m.once for plan in job.plans for step in plan.steps for m in (*step.home_send, *step.home_receive))
 
 
 def _wanted_rows(job: Job) -> tuple[int, int]:
@@ -198,8 +197,8 @@ def attention_backward(
     """dq, dk and dv of `attention`, from its result over all keys and its log-sum-exp; each call recomputes its weights.
 
     Args:
-        saved: ``d_out, q, k, v, out, lse`` and the tensors of the third result of `attention`; where there are some, they are read
-            in place of q, k, v, out and lse, of which only shapes count.
+        saved: ``d_out, q, k, v, out, lse`` and the tensors of the third result of `attention`; where ranks exchange tokens for
+            heads, they are read in place of q, k, v, out and lse, of which only shapes count.
         d_lse: the gradient of lse, or None.
         tables: its ``cu_q, cu_k, slices, alibi, bias, sink``.
         total, scale, seed, recipe: its own.
@@ -217,7 +216,7 @@ def attention_backward(
     d_out, q, k, v, out, lse, *kept = saved
     d_out = d_out.contiguous()  # that of a sum has a stride of 0, and cuDNN keeps what it prepared for other strides
     by_rank = [job.shards(d_out, job.q_layout)]
-    if kept:
+    if job.inner > 1:
         by_rank += [[x] * len(ranks) for x in (q, k, v, out, lse)]
     else:
         by_rank += [job.shards(q, job.q_layout), *(job.shards(x, job.k_layout) for x in (k, v))]
@@ -245,11 +244,19 @@ def _(saved: Sequence[Tensor], _: Tensor | None, tables: Sequence[Tensor | None]
     return grads + ([] if sink is None else [torch.empty_like(sink)])
 
 
+def _of_heads(kept: Sequence[Tensor]) -> bool:
+    """Whether ranks exchange tokens for heads, so that what was kept is read in place of q, k, v, out and lse.
+
+    Those have several dims, a buffer of rows that came has one.
+    """
+    return len(kept) > 0 and kept[0].dim() > 1
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     q, k, v, *tables = inputs[:9]
     out, lse, kept = output
     read = [q, k, v, out, lse]
-    if kept:
+    if _of_heads(kept):
         read = [x.new_empty(0, *x.shape) for x in read]  # shapes alone: no memory, also where saved tensors are offloaded
     ctx.save_for_backward(*read, *tables, *kept)
     ctx.mark_non_differentiable(*kept)
@@ -263,7 +270,7 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, _: Any)
         return tuple(none)
     saved = ctx.saved_tensors  # once: under activation checkpointing this computes them anew
     q, k, v, out, lse, cu_q, cu_k, slices, alibi, bias, sink, *kept = saved
-    if kept:
+    if _of_heads(kept):
         q, k, v, out, lse = (x.new_empty(()).expand(x.shape[1:]) for x in (q, k, v, out, lse))
     if d_out is None:
         assert d_lse is not None

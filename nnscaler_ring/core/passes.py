@@ -6,6 +6,7 @@ The forward pass merges results, the backward pass adds up gradients; `walk` bri
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -66,6 +67,10 @@ class Job:
         """With whom a rank exchanges its queries, and its keys and values, for heads."""
         q, k = (team_of(rows, self.inner, plan.rank, heads, heads_k) for rows in (self.q_layout, self.k_layout))
         return q, k
+
+    def keeps(self, plan: RankPlan) -> bool:
+        """What came for the forward pass is kept for the backward pass."""
+        return self.recipe.keeps and plan.keeps and self.inner == 1
 
     def scores(self, plan: RankPlan, extras: Extras, device: torch.device) -> Scores:
         """How scores of a rank's queries are made; where keys are, `key_positions` says."""
@@ -164,7 +169,9 @@ def job_of(
 def shape_of(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor) -> Shape:
     """The layer of q, k and v, ``[B, L, H, D]`` or packed ``[T, H, D]``, as `scaling` takes it."""
     sizes = {"heads": q.shape[-2], "heads_k": k.shape[-2], "dim": q.shape[-1], "dim_v": v.shape[-1]}
-    return Shape(**sizes, batch=q.shape[0] if q.dim() == 4 else 1, element=q.dtype.itemsize, gradient=recipe.wire(q.dtype).itemsize)
+    batch, gradient = q.shape[0] if q.dim() == 4 else 1, recipe.wire(q.dtype).itemsize
+    once = gradient if recipe.reduce_dtype else q.dtype.itemsize
+    return Shape(**sizes, batch=batch, element=q.dtype.itemsize, gradient=gradient, once=once)
 
 
 def _heads(stride: int, heads: int, heads_k: int, most: int) -> list[tuple[slice, slice]]:
@@ -189,11 +196,16 @@ def _kernel(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Extras, d_l
     return kernel_for(recipe, q, k, v, {"alibi": extras.alibi is not None, "bias": extras.bias is not None, "d_lse": d_lse})
 
 
-def _wire(recipe: Recipe, dtype: torch.dtype, known: Kernel, kernel: Kernel) -> Wire:
-    """How gradients of keys and values of a dtype travel: by the kernel `known` to all ranks. That which this one calls is another
-    where it alone has a gradient of the log-sum-exp, which the former does not take."""
-    sums, (once, calls) = recipe.wire(dtype), (each.gives(dtype) for each in (known, kernel))
-    return Wire(sums, sums if recipe.reduce_dtype else once, calls)
+def _wire(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Wire:
+    """How gradients of keys and values travel: without loss, also where some ranks have a gradient of the log-sum-exp, for which
+    they may call another kernel; no rank knows of the others."""
+    sums = recipe.wire(k.dtype)
+    if recipe.reduce_dtype:
+        return Wire(sums, sums)
+    given = {_kernel(recipe, q, k, v, extras).gives(k.dtype)}
+    with suppress(NotImplementedError):  # else no rank has such a gradient
+        given.add(_kernel(recipe, q, k, v, extras, d_lse=True).gives(k.dtype))
+    return Wire(sums, given.pop() if len(given) == 1 else sums)
 
 
 Forward = Generator[Exchange, Wait, tuple[Tensor, Tensor, list[Tensor]]]
@@ -202,14 +214,14 @@ Forward = Generator[Exchange, Wait, tuple[Tensor, Tensor, list[Tensor]]]
 def forward(job: Job, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Forward:
     """One rank's forward walk: out ``[B, Lq, Hq, Dv]`` and lse ``[B, Hq, Lq]`` of its rows, and what `backward` is to get back."""
     if job.inner == 1:
-        return *(yield from _attend(job, plan, q, k, v, extras, k.shape[2])), []
+        return (yield from _attend(job, plan, q, k, v, extras, k.shape[2]))
     q_team, k_team = job.teams(plan, q.shape[2], k.shape[2])
     packs = [Pack(q_team, "q", [q]), Pack(k_team, "k", [k, v])]
     extras, more = _of_share(extras, q_team, q.shape[2])
     kept = yield from to_heads([*packs, *more])
     (mine,), (keys, values) = (pack.split(rows) for pack, rows in zip(packs, kept, strict=False))
     extras = _with_bias(extras, more, kept[2:])
-    out, lse = yield from _attend(job, plan, mine, k_team.repeat(keys), k_team.repeat(values), extras, k_team.most)
+    out, lse, _ = yield from _attend(job, plan, mine, k_team.repeat(keys), k_team.repeat(values), extras, k_team.most)
     column = lse.transpose(1, 2).unsqueeze(3)
     (all_out,), (all_lse,) = yield from to_tokens([Pack(q_team, "q", [x]) for x in (out, column)])
     return all_out, all_lse.squeeze(3).transpose(1, 2).contiguous(), [*kept[:2], out, lse, *kept[2:]]
@@ -234,10 +246,8 @@ def _with_bias(extras: Extras, packs: Sequence[Pack], rows: Sequence[Tensor]) ->
     return replace(extras, bias=bias.squeeze(0).permute(1, 0, 2))
 
 
-def _attend(
-    job: Job, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, extras: Extras, most: int
-) -> Generator[Exchange, Wait, tuple[Tensor, Tensor]]:
-    """The walk over key/value rows: out and lse of q's rows; `most` is the greatest number of key heads of a rank."""
+def _attend(job: Job, plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, extras: Extras, most: int) -> Forward:
+    """The walk over key/value rows: out and lse of q's rows, and what is kept; `most` is the most key heads of a rank."""
     exact = sum_dtype(q.dtype)
     again = plan.num_results > at_once(q.device.type)  # merged into what was merged before: in fp32, sums of weights in float64
     end = q.dtype if extras.sink is None else exact
@@ -268,14 +278,17 @@ def _attend(
 
     if k.shape[2]:
         kernel = _kernel(job.recipe, q, k, v, extras)
-    yield from staggered([walk(plan, k[:, :, hk], v[:, :, hk], visit(n), None, None) for n, (_, hk) in enumerate(split)])
+    kept: list[list[Tensor] | None] = [[] if job.keeps(plan) else None for _ in split]
+    walks = [walk(plan, k[:, :, hk], v[:, :, hk], visit(n), None, None, kept[n]) for n, (_, hk) in enumerate(split)]
+    yield from staggered(walks)
     ends = [results.result() for results in found]
     out, lse = joined or (ends[0], found[0].lse)
     if extras.sink is not None:  # one more key, without a value
         sink = extras.sink.to(exact).view(-1, 1)
         out *= torch.sigmoid(_less(lse, sink))
         lse = torch.logaddexp(lse, sink)
-    return out.to(q.dtype), lse.to(exact).squeeze(3).transpose(1, 2).contiguous()
+    lse = lse.to(exact).squeeze(3).transpose(1, 2).contiguous()
+    return out.to(q.dtype), lse, [buffer for each in kept for buffer in each or ()]
 
 
 def _less(one: Tensor, other: Tensor) -> Tensor:
@@ -296,10 +309,11 @@ Gradients = Generator[Exchange, Wait, tuple[Tensor | None, ...]]
 def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept: Saved, extras: Extras, d_bias: bool) -> Gradients:
     """One rank's backward walk over ``d_out, q, k, v, out, lse``: dq, dk, dv, d_bias and d_sink of its rows, None where not there.
 
-    Where the forward walk `kept` something, that is read: of the others only d_out has content, the rest have shapes alone.
+    `kept` are the rows that came, which need not come again; where ranks share heads it is all that is read: of `saved` then only
+    d_out has content, the rest have shapes alone.
     """
     if job.inner == 1:
-        return (yield from _differentiate_attend(job, plan, d_lse, saved, extras, d_bias, saved[2].shape[2]))
+        return (yield from _differentiate_attend(job, plan, d_lse, saved, extras, d_bias, saved[2].shape[2], kept))
     d_out, q, k, v, _, _ = saved
     heads, bias, sink = q.shape[2], extras.bias, extras.sink
     q_team, k_team = job.teams(plan, heads, k.shape[2])
@@ -332,7 +346,14 @@ def backward(job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, kept:
 
 
 def _differentiate_attend(
-    job: Job, plan: RankPlan, d_lse: Tensor | None, saved: Saved, extras: Extras, wants_bias: bool, most: int
+    job: Job,
+    plan: RankPlan,
+    d_lse: Tensor | None,
+    saved: Saved,
+    extras: Extras,
+    wants_bias: bool,
+    most: int,
+    kept: Saved = (),
 ) -> Gradients:
     """The walk that undoes `_attend`: dq, dk, dv, d_bias and d_sink; dk and dv are not yet rounded where ranks share heads."""
     d_out, q, k, v, out, lse = saved
@@ -369,14 +390,13 @@ def _differentiate_attend(
 
         return run
 
-    wire = Wire(exact, exact, exact)
+    wire = Wire(exact, exact)
     if k.shape[2]:
-        kernel = _kernel(job.recipe, q, k, v, extras, d_lse is not None)
-        wire = _wire(job.recipe, k.dtype, _kernel(job.recipe, q, k, v, extras), kernel)
+        kernel, wire = _kernel(job.recipe, q, k, v, extras, d_lse is not None), _wire(job.recipe, q, k, v, extras)
     walks = []
     for n, (_, hk) in enumerate(split):
         home = KVSums(dk.parts[n * len(features) : (n + 1) * len(features)], dv.parts[n])
-        walks.append(walk(plan, k[:, :, hk], v[:, :, hk], visit(n), home, wire))
+        walks.append(walk(plan, k[:, :, hk], v[:, :, hk], visit(n), home, wire, [kept[n]] if kept else None))
     yield from staggered(walks)
     d_sink = None if extras.sink is None else _of_sink(extras.sink, d_lse, d_out, out, lse)
     return dq.finish(), dk.finish(), dv.finish(), d_bias, d_sink

@@ -126,10 +126,13 @@ def rows_sent(mask: Mask, q: Layout, k: Layout, transport: str) -> int:
 
 def rows_once(mask: Mask, q: Layout, k: Layout, transport: str) -> int:
     """Of `rows_sent`, those of messages whose gradients one call gives, see `Message.once`."""
-    how, once = TRANSPORTS[transport], 0
-    if how.everything and not how.relay:
-        return rows_sent(mask, q, k, transport) * _apart(mask, q)
-    for reader in range(k.world_size) if not how.relay else ():
+    how = TRANSPORTS[transport]
+    if how.relay:
+        return 0
+    if how.everything:
+        return rows_sent(mask, q, k, transport) if _apart(mask, q) else 0
+    once = 0
+    for reader in range(k.world_size):
         rows = visible(mask, q, k, reader=reader)[:, [1, 4, 5]]
         origin, lo, hi = union(*rows[rows[:, 0] != reader].T)
         once += int((hi - lo)[~np.isin(origin, list(_twice(*rows.T)))].sum())
@@ -148,18 +151,18 @@ def _direct(mask: Mask, q: Layout, k: Layout, rank: int, route: Route) -> RankPl
     buffer = _buffer(reads if joined else reads[reads[:, 1] != rank], k)
     origin, lo, hi, start = buffer.T
     end, others = start + hi - lo, origin != rank
-    wanted = visible(mask, q, k, origin=rank)[:, [0, 1, 4, 5]]
-    again = _twice(*wanted[:, [0, 2, 3]].T), _twice(*mine[late][:, [1, 4, 5]].T)
-    wanted = _reads(wanted, k, route.everything)
+    seen = visible(mask, q, k, origin=rank)[:, [0, 1, 4, 5]]
+    wanted = _reads(seen, k, route.everything)
     wanted = wanted[(wanted[:, 1] == rank) & (wanted[:, 0] != rank)]
     runs = k.row0[k.runs[:, 0] == rank]
     readers = np.unique(wanted[:, 0])
     breaks = np.repeat(readers, len(runs)), np.tile(runs, len(readers))
     send = _in_parts(*union(wanted[:, 0], wanted[:, 2], wanted[:, 3], breaks))
     receive = _in_parts(origin[others], start[others], end[others])
-    if not route.everything or _apart(mask, q):
-        pairs = zip((send, receive), again, strict=True)
-        send, receive = (tuple(replace(m, once=m.peer not in twice) for m in messages) for messages, twice in pairs)
+    readers_read_twice, read_twice = _twice(*seen[:, [0, 2, 3]].T), _twice(*mine[late][:, [1, 4, 5]].T)
+    known = not route.everything or _apart(mask, q)
+    if known:
+        send, receive = _marked(send, readers_read_twice), _marked(receive, read_twice)
     own = _end_to_end(np.column_stack([lo, hi, start, end])[~others])
     q_rows, k_rows = int(q.counts[rank]), int(k.counts[rank])
     bands = mine[:, 2:].copy()
@@ -167,9 +170,11 @@ def _direct(mask: Mask, q: Layout, k: Layout, rank: int, route: Route) -> RankPl
     first, second = _calls(bands, late.astype(np.int64), part, 2, q_rows)
     steps = [Step(k_rows, calls=first, holds=np.array([[rank, 0, k_rows, 0]]))]
     if q.world_size > 1:
-        moves = Step(int((hi - lo).sum()), send, receive, own, home_send=receive, home_receive=send)
-        steps.append(replace(moves, room=moves.size, calls=second, once=not again[1], holds=buffer))
-    return RankPlan(rank, q.world_size, q_rows, k_rows, tuple(steps))
+        size, once = int((hi - lo).sum()), known and not read_twice
+        moves = Step(size, send, receive, own, room=size, home_send=receive, home_receive=send)
+        steps.append(replace(moves, calls=second, once=once, holds=buffer))
+    keeps = q.world_size > 1 and not route.joined and choose(mask, q, k) == "halo"
+    return RankPlan(rank, q.world_size, q_rows, k_rows, tuple(steps), keeps)
 
 
 def _of_rank(mask: Mask, q: Layout, k: Layout, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -237,11 +242,16 @@ def _in_parts(peer: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> tuple[Message
     )
 
 
+def _marked(messages: Sequence[Message], twice: set[int]) -> tuple[Message, ...]:
+    """The messages, those of peers of which no row is read twice as such that one call reads."""
+    return tuple(replace(m, once=m.peer not in twice) for m in messages)
+
+
 def _twice(peer: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> set[int]:
     """The peers among whose rows ``lo:hi`` some are there twice, so that two calls may read them."""
     order = np.lexsort((lo, peer))
     peer, lo, hi = peer[order], lo[order], hi[order]
-    return set(peer[1:][(peer[1:] == peer[:-1]) & (lo[1:] < hi[:-1])].tolist())
+    return set(np.unique(peer[1:][(peer[1:] == peer[:-1]) & (lo[1:] < hi[:-1])]).tolist())
 
 
 PARTS, LONG = 4, 32

@@ -36,6 +36,7 @@ class Recipe:
         reduce_dtype: name of the dtype in which gradients of keys and values travel; where empty they lose nothing: sums travel in
             fp32 (float64 for float64), others as one call gave them.
         returns_lse: the caller gets the log-sum-exp, which may then have a gradient, on one rank or on all.
+        keeps: rows that came for the forward pass may be kept for the backward pass.
         rank: this process's rank, in graphs whose shapes depend on it: torch keeps compiled graphs on disk for all ranks of a
             machine and finds them by their content, so this must differ. Nothing reads it; 0 elsewhere.
     """
@@ -57,6 +58,7 @@ class Recipe:
     head0: int = 0
     reduce_dtype: str = ""
     returns_lse: bool = True
+    keeps: bool = False
     rank: int = 0
 
     @property

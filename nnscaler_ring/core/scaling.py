@@ -88,7 +88,8 @@ def machine_of(device: str, world_size: int) -> tuple[Speed, Network]:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A layer: heads, head dims, and bytes of an element of q, k and v and of a sum of gradients that travels."""
+    """A layer: heads, head dims, and bytes of an element of q, k and v, of a sum of gradients that travels, and of a gradient that
+    one call gives: as many as one of q where not said, or as of a sum if that has less."""
 
     heads: int = 32
     heads_k: int = 8
@@ -96,6 +97,7 @@ class Shape:
     dim_v: int = 128
     element: int = 2
     gradient: int = 4
+    once: int | None = None
     batch: int = 1
 
     @property
@@ -110,7 +112,8 @@ class Shape:
 
     def once_row(self, speed: Speed) -> int:
         """Bytes of one token's dK and dV that are what one call gives."""
-        return min(self.row, self.gradient_row) if speed.rounds else self.gradient_row
+        once = min(self.element, self.gradient) if self.once is None else self.once
+        return self.gradient_row // self.gradient * once if speed.rounds else self.gradient_row
 
     def flops(self, backward: bool = False) -> int:
         """FLOPs of one (query, key) pair in all heads: two products forward; five backward, the scores again among them."""
@@ -143,7 +146,10 @@ class Timeline:
 def timeline(
     walk: RankPlan, shape: Shape, speed: Speed, network: Network, backward: bool = False, around: tuple[int, int] = (0, 0)
 ) -> Timeline:
-    """The forward or backward pass of one rank; `around` are bytes that it exchanges for heads before the walk and after it."""
+    """The forward or backward pass of one rank; `around` are bytes that it exchanges for heads before the walk and after it.
+
+    Of a plan that keeps what came, the backward pass begins with that; where heads travel nothing of it is kept.
+    """
     compute, wire = list[Bar](), list[Bar]()
 
     def send(label: str, size: int, messages: int, after: float) -> float:
@@ -153,9 +159,10 @@ def timeline(
         return wire[-1].end if size else start
 
     arrived = done = send("tokens to heads", around[0], 1, 0.0)
-    for t, step in enumerate(walk.steps):
+    again = backward and walk.keeps and not any(around)
+    for t, step in list(enumerate(walk.steps))[:: -1 if again else 1]:
         start = max(done, arrived)
-        if t + 1 < len(walk.steps):
+        if t + 1 < len(walk.steps) and not again:
             following = walk.steps[t + 1]
             arrived = send(f"rows of step {t + 1}", _rows(following) * shape.row, len(following.receive), start)
         flops = step_tiles(step) * TILE * TILE * shape.flops(backward)
@@ -290,8 +297,8 @@ def report(
     busiest, around = of_busiest(shape, shares), most_head_bytes(shape, shares, held)
     ways = (transport, transport)
     if transport == "auto" or outer.world_size == 1:
-        forward, backward = (row_transport(mask, (outer, outer), busiest, (speed, network), back) for back in (False, True))
-        ways = forward, backward
+        way, way_back = (row_transport(mask, (outer, outer), busiest, (speed, network), backward) for backward in (False, True))
+        ways = way, way_back
     pairs, needed = rank_pairs(mask, outer), rows_needed(mask, outer, outer)
     looked_at = list(range(outer.world_size))
     if outer.world_size > most:
@@ -304,7 +311,8 @@ def report(
     heads = sum(s.k[1] - s.k[0] for s in shares)
     rows, rows_back = (rows_sent(mask, outer, outer, way) * heads // shape.heads_k for way in ways)
     once = rows_once(mask, outer, outer, ways[1]) * heads // shape.heads_k
-    back = rows_back * shape.row + once * shape.once_row(speed) + (rows_back - once) * shape.gradient_row
+    gradients = once * shape.once_row(speed) + (rows_back - once) * shape.gradient_row
+    again = 0 if planned[1][0].keeps and inner == 1 else rows_back * shape.row
     worked = [tiles(p) for p in plans]
     spread = busiest.heads * inner / shape.heads
     alone = pairs.sum() / world * (shape.flops() / speed.forward + shape.flops(True) / speed.backward)
@@ -317,7 +325,7 @@ def report(
         tile_balance=max(worked) * len(worked) / max(sum(worked), 1) * spread if len(plans) == outer.world_size else None,
         needed=int(needed.sum()) * shape.row if inner == 1 else None,
         sent=rows * shape.row + int(before[0].sum() + after[0].sum()),
-        sent_backward=back + int(before[1].sum() + after[1].sum()),
+        sent_backward=again + gradients + int(before[1].sum() + after[1].sum()),
         calls=max(p.num_calls for p in plans),
         merges=max(p.num_merges for p in plans),
         forward=lines[0],
@@ -404,7 +412,9 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
     pairs, needed = rank_pairs(mask, held), rows_needed(mask, held, held)
     a_pair = shape.flops() / speed.forward + shape.flops(True) / speed.backward
     compute, mean = float(pairs.max()) * a_pair, float(pairs.mean()) * a_pair
-    row = 2 * shape.row + (shape.once_row(speed) if rows == "halo" else shape.gradient_row)  # keys and values twice, gradients once
+    row = 2 * shape.row + shape.gradient_row  # keys and values twice, gradients once
+    if rows == "halo":
+        row = shape.row + shape.once_row(speed)  # once: they are kept
     own = float((held.counts / np.maximum(held.counts + needed, 1)).min())  # of the keys that a rank reads
     hidden = mean * (own if rows == "halo" else (world - 1) / world)
     most = float(np.maximum(needed, rows_given(mask, held, held)).max() if rows == "halo" else needed.max()) * row

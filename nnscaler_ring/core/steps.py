@@ -25,7 +25,7 @@ class Message:
     Attributes:
         parts: rows of each part, where the message travels in several: the same for sender and receiver, and each part one
             interval on both sides, so that neither copies it.
-        once: no row is read by two calls of the rank that gets them, nor passed on: its gradient is what one call gives.
+        once: both ends know that one call reads each row, which goes no further: its gradient is what that call gives.
     """
 
     peer: int
@@ -96,7 +96,7 @@ class Step:
         room: rows of the memory that begins with this step; 0 where it goes on with that of the step before, or nothing comes.
         ends: the memory is full with this step: calls run, gradients leave.
         calls: what runs then, on rows of the memory.
-        once: as of messages, of all rows of the buffer, which then has a memory of its own.
+        once: one call reads each row of the buffer, own rows too, and both ends know it of all its messages.
         holds: ``[n, 4]`` ``(origin, lo, hi, start)``: which rows the memory then holds, and where.
         home_send: rows of this buffer whose gradient goes to the rank that owns them.
         home_receive: rows of the own shard whose gradient arrives.
@@ -118,13 +118,19 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class RankPlan:
-    """What one rank does, forward and backward. Rows are key/value rows; multiply by bytes a row for traffic."""
+    """What one rank does, forward and backward. Rows are key/value rows; multiply by bytes a row for traffic.
+
+    Attributes:
+        keeps: what the one buffer brings is little on all ranks, and may be kept from the forward pass for the backward pass. That
+            then begins with it, and its gradients travel while calls on own rows run.
+    """
 
     rank: int
     world_size: int
     q_rows: int
     k_rows: int
     steps: tuple[Step, ...]
+    keeps: bool = False
 
     @cached_property
     def num_calls(self) -> int:
@@ -162,7 +168,7 @@ class RankPlan:
 
     @property
     def rows_sent(self) -> int:
-        """Key/value rows that go to other ranks, in the forward pass and again in the backward pass."""
+        """Key/value rows that go to other ranks, in the forward pass and, unless they are kept, again in the backward pass."""
         return sum(m.size for step in self.steps for m in step.send)
 
     @property

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .device import MANY, index_of, sum_dtype, take
+from .held import at_once
 from .steps import Message, RankPlan, Step
 from .sums import Sum
 from .transport import Exchange, Wait, Walk
@@ -24,10 +25,11 @@ Visit = Callable[[Step, Tensor, Tensor, "KVSums | None"], None]
 
 @dataclass(frozen=True, eq=False)
 class KV:
-    """Rows of keys ``[n, B, Hk, D]`` and of values ``[n, B, Hk, Dv]``, or of their gradients."""
+    """Rows of keys ``[n, B, Hk, D]`` and of values ``[n, B, Hk, Dv]``, or of their gradients; `data` is the memory of both."""
 
     keys: Tensor
     values: Tensor
+    data: Tensor | None = None
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor) -> KV:
@@ -67,11 +69,14 @@ class KV:
 
     def empty(self, size: int, dtype: torch.dtype) -> KV:
         """Uninitialised rows of this kind, in one buffer."""
+        return self.within(self.keys.new_empty(size * sum(prod(x.shape[1:]) for x in self), dtype=dtype), size)
+
+    def within(self, data: Tensor, size: int) -> KV:
+        """Rows of this kind in a buffer."""
         shapes = [(size, *x.shape[1:]) for x in self]
-        half, rest = map(prod, shapes)
-        data = self.keys.new_empty(half + rest, dtype=dtype)
+        half = prod(shapes[0])
         keys, values = (data.as_strided(shape, _strides(shape), at) for shape, at in zip(shapes, (0, half), strict=True))
-        return KV(keys, values)
+        return KV(keys, values, data)
 
 
 def _strides(shape: Sequence[int]) -> list[int]:
@@ -98,11 +103,10 @@ def outgoing(own: KV, messages: Sequence[Message]) -> Callable[[np.ndarray], KV]
 
 @dataclass(frozen=True)
 class Wire:
-    """In which dtype gradients travel: of sums, and of rows whose gradient is what one call gives; `calls` give them in theirs."""
+    """In which dtype gradients travel: of sums, and of rows whose gradient is what one call gives."""
 
     sums: torch.dtype
     once: torch.dtype
-    calls: torch.dtype
 
     def of(self, message: Message) -> torch.dtype:
         return self.once if message.once else self.sums
@@ -124,7 +128,8 @@ class KVSums:
     @classmethod
     def given(cls, rows: KV, parts: int) -> KVSums:
         """What one call gives for each row of a step, in their dtype; it is not copied where one call gives all."""
-        return cls([Sum(x, end=x.dtype) for x in rows.k.chunk(parts, -1)], Sum(rows.v, end=rows.v.dtype))
+        *keys, values = (x.new_empty(()).expand(x.shape) for x in (*rows.k.chunk(parts, -1), rows.v))  # the rows may go meanwhile
+        return cls([Sum(x, end=x.dtype) for x in keys], Sum(values, end=values.dtype))
 
     def add(self, rows: np.ndarray, part: KV) -> None:
         """Rows, end to end, for those of some intervals."""
@@ -164,18 +169,27 @@ def put(data: Tensor, rows: np.ndarray, part: Tensor) -> None:
         start += hi - lo
 
 
-def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None, wire: Wire | None) -> Walk:
+def walk(
+    plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None, wire: Wire | None, kept: list[Tensor] | None = None
+) -> Walk:
     """One pass over the steps: key/value rows go out, gradients come home.
+
+    Where the forward pass has kept what came, the backward pass begins with that, and its gradients travel while calls on own rows
+    run.
 
     Args:
         k, v: the own shard, ``[B, Lk, Hk, D]`` and ``[B, Lk, Hk, Dv]``.
         visit: called with a step, its keys and values, and the sums of their gradients, to which it adds.
         home: the sums of the gradients of the own shard; None in the forward pass.
         wire: how gradients travel; None in the forward pass.
+        kept: where the forward pass puts the one buffer that came, for the backward pass; None where it is not kept.
     """
-    own = KV.of(k, v)
-    arriving = yield from _fetch(plan, 1, None, own)
-    visit(plan.steps[0], k, v, home)
+    own, there = KV.of(k, v), [] if home is None or kept is None else kept
+    if there:
+        arriving: Callable[[], KV] = lambda: own.within(there[0], plan.steps[1].room)  # noqa: E731
+    else:
+        arriving = yield from _fetch(plan, 1, None, own)
+        visit(plan.steps[0], k, v, home)
     settle: Callable[[KVSums | None, int], None] = lambda grads, at: None  # noqa: E731
     opened = 1
     for t in range(1, len(plan.steps)):
@@ -185,6 +199,8 @@ def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None
             continue
         grads = None if home is None or wire is None else _sums(step, memory, len(home.k), wire)
         visit(step, memory.k, memory.v, grads)
+        if kept is not None and home is None and memory.data is not None:
+            kept.append(memory.data)
         del memory
         if home is not None and grads is not None and wire is not None:
             for s in range(opened, t + 1):
@@ -193,13 +209,15 @@ def walk(plan: RankPlan, k: Tensor, v: Tensor, visit: Visit, home: KVSums | None
                 settle = yield from _send_home(plan, s, grads.filled(here), home, wire)
         del grads
         opened = t + 1
+    if there:
+        visit(plan.steps[0], k, v, home)
     settle(None, 0)
 
 
 def _sums(step: Step, memory: KV, parts: int, wire: Wire) -> KVSums:
-    """Of the rows of a memory that is full with a step: in the exact dtype, unless no row has a sum and calls give another."""
-    exact = sum_dtype(memory.keys.dtype)
-    if step.once and wire.calls != exact:
+    """Of the rows of a memory that is full with a step: in the exact dtype, unless all travel as calls give them held so."""
+    dtype, exact = memory.keys.dtype, sum_dtype(memory.keys.dtype)
+    if step.once and wire.once == dtype != exact and at_once(memory.keys.device.type) > 1:
         return KVSums.given(memory, parts)
     return KVSums.inside(memory.empty(len(memory.keys), exact), parts)
 
