@@ -57,7 +57,7 @@ def passes_of(recipe: Recipe, given: oracle.Inputs, cu: Tensor | None = None) ->
 def test_all_ranks_keep_what_came_or_none_does(kind: str) -> None:
     """Where no rank gets more than a shard, which all know."""
     rng, found = np.random.default_rng(KINDS.index(kind)), set()
-    for n in range(18):
+    for n in range(10):
         case = random_mask(rng, 36, 36 if n % 3 else int(rng.integers(1, 40)), kind, packed=n % 2 == 0)
         name, world = list(LAYOUTS)[n % len(LAYOUTS)], (2, 3, 5)[n % 3]
         q, k = (build(name, size, world, cu) for size, cu in ((case.q_len, case.cu_q), (case.k_len, case.cu_k)))
@@ -90,10 +90,8 @@ def test_what_is_not_kept() -> None:
 # -- the numbers -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "about", [WINDOW, {"window": (9, 6)}, {"sinks": 2, **WINDOW}, {"dropout": 0.3, **WINDOW}, {"far": 5, **WINDOW}]
-)
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "stripe", "balanced"])
+@pytest.mark.parametrize("about", [WINDOW, {"window": (9, 6)}, {"sinks": 2, "dropout": 0.3, **WINDOW}, {"far": 5, **WINDOW}])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "balanced"])
 def test_the_same_numbers_and_fewer_bytes(layout: str, about: dict[str, Any]) -> None:
     """Also of documents, several batch rows, heads one at a time; gradients alone travel in the backward pass."""
     kept = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -63,7 +64,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_sender_and_receiver_agree_on_rows_that_one_call_reads(kind: str) -> None:
     rng, found = np.random.default_rng(KINDS.index(kind)), {True: 0, False: 0}
-    for n in range(60):
+    for n in range(36):
         case = random_mask(rng, 36, 36 if n % 3 else int(rng.integers(1, 40)), kind, packed=n % 2 == 0)
         name, world = list(LAYOUTS)[n % len(LAYOUTS)], (2, 3, 5)[n % 3]
         q, k = (build(name, size, world, cu) for size, cu in ((case.q_len, case.cu_q), (case.k_len, case.cu_k)))
@@ -79,7 +80,7 @@ def test_sender_and_receiver_agree_on_rows_that_one_call_reads(kind: str) -> Non
                 assert not m.once or max(read[lo:hi].max() for lo, hi in m.rows.tolist()) == 1
                 found[m.once] += 1
         assert rows_once(case.mask(), q, k, way) == sum(m.size for p in made for m in p.steps[1].receive if m.once)
-    assert min(found.values()) >= (20 if kind != "full" else 10), found
+    assert min(found.values()) >= 10, found
 
 
 def test_which_rows_one_call_reads() -> None:
@@ -161,8 +162,7 @@ def saved(name: str, dtype: torch.dtype, world: int, way: str, batch: int, of_ls
     return (most - sent) / most
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(("name", "dtype"), [*product(WAYS, [torch.bfloat16]), ("window", torch.float16), ("full", torch.float32)])
 def test_nothing_is_lost(name: str, dtype: torch.dtype, rounds: None) -> None:
     """To the bit what fp32 brings, also with several batch rows, and with a gradient of the log-sum-exp."""
     ways = ((2, "halo", 1), (4, "all_gather", 1), (3, "halo", 2), (4, "halo", 1))
