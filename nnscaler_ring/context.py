@@ -79,8 +79,8 @@ class ContextParallel:
             forward pass grouped where its merges would take longer than the waits.
         kernel: ``auto``, or the name of a backend.
         reduce_dtype: dtype in which gradients of keys and values travel, for example ``torch.bfloat16`` for half the bytes; None
-            for no loss: sums in fp32 (float64 for float64), what one call gives as it gave it. They are added up in fp32 at any
-            rate.
+            for no loss: sums in fp32 (float64 for float64), what one call gives as it gave it. In any case they are added up in
+            fp32.
         heads_k_stride: key heads that travel at once, for smaller buffers and more messages; 0 for all.
 
     Raises:

@@ -17,6 +17,7 @@ from torch import Tensor
 from nnscaler_ring import llama3_flash_attn_prepare_cu_seqlens, llama3_flash_attn_varlen_func
 from nnscaler_ring.context import ContextParallel
 from nnscaler_ring.core import engine, passes
+from nnscaler_ring.core.agree import VARIABLE
 from nnscaler_ring.core.intervals import times
 from nnscaler_ring.core.kernels import Case, Kernel
 from nnscaler_ring.core.kernels.packed import Call, Packed, Read
@@ -27,6 +28,7 @@ from nnscaler_ring.core.mask import build as build_mask
 from nnscaler_ring.core.plan import TRANSPORTS, plan, plans, rows_once
 from nnscaler_ring.core.recipe import Recipe
 from nnscaler_ring.core.transport import transport_of
+from nnscaler_ring.core.walk import KVSums
 from tests import oracle, releases
 from tests.interpreter import many_at_once
 from tests.shapes import KINDS, random_mask
@@ -182,9 +184,14 @@ def test_nothing_is_lost_where_four_are_put_together(name: str, monkeypatch: pyt
         assert 0 < saved(name, torch.bfloat16, world, way, batch, False) < 0.34
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("asked", ["bfloat16", "float16"])
-def test_a_dtype_that_is_asked_for_is_that_of_all(asked: str, monkeypatch: pytest.MonkeyPatch, rounds: None) -> None:
+def test_a_dtype_that_is_asked_for_is_that_of_all(
+    asked: str, together: bool, monkeypatch: pytest.MonkeyPatch, rounds: None
+) -> None:
     """Of what travels, that is: the own rows beside them are not rounded where a kernel gives exact gradients."""
+    if together:
+        many_at_once(monkeypatch)
     given = oracle.inputs(0, (1, 96, 96), (4, 2, 8, 8), torch.bfloat16)
     way = {"causal": True, "layout": "contiguous"}
     for transport in ("ring", "all_gather"):
@@ -192,6 +199,7 @@ def test_a_dtype_that_is_asked_for_is_that_of_all(asked: str, monkeypatch: pytes
         rows = sum(p.rows_sent for p in plans(build_mask(96, causal=True), *[build("contiguous", 96, 4)] * 2, transport))
         assert sent == rows * 2 * 16 * (2 + 2)
     monkeypatch.setattr(passes, "kernel_for", lambda *_: Reference())
+    monkeypatch.setattr(KVSums, "given", None)  # in half precision
     last = Recipe(group="local:4", transport="all_gather", reduce_dtype=asked, **way)  # type: ignore[arg-type]
     exact = Recipe(group="local:4", transport="all_gather", reduce_dtype="float32", **way)  # type: ignore[arg-type]
     (mine, _), (wanted, _) = (gradients(each, given) for each in (last, exact))
@@ -296,3 +304,19 @@ def test_llama3_on_processes(ranks) -> None:
     """A rank knows its own documents alone."""
     for worst, dtypes in ranks(2).run(_llama3):
         assert worst < 2e-2 and dtypes == [torch.bfloat16]
+
+
+def _of_other_kernels(rank: int, world_size: int) -> str:
+    """What a rank is told under the check where the other has a kernel of another kind."""
+    q, k, v, _ = oracle.inputs(1, (1, 48, 48), (4, 2, 8, 8), torch.bfloat16)
+    kernel = (Rounds(), Reference())[rank]
+    checked, patched = mock.patch.dict("os.environ", {VARIABLE: "1"}), mock.patch.object(passes, "kernel_for", lambda *_: kernel)
+    with checked, patched, pytest.raises(ValueError) as refused:
+        ContextParallel(dist.group.WORLD, transport="halo").attention(q, k, v, mask="full")
+    return str(refused.value)
+
+
+def test_kernels_of_another_kind_are_told_under_the_check(ranks) -> None:
+    """Before anything travels."""
+    for said in ranks(2).run(_of_other_kernels):
+        assert "rank 0 and rank 1 differ in dtypes in which gradients travel, by the kernels that each has" in said

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .agree import asked, check_alike
 from .device import sum_dtype
 from .layouts import looks_at_documents, shown
-from .passes import Extras, Job, backward, forward, inner_of, job_of, kernel_for
+from .passes import Extras, Job, backward, forward, inner_of, job_of, wire_of
 from .recipe import Recipe, content, layout_of
 from .teams import deal, teams
 from .transport import Transport, transport_of
@@ -92,7 +92,7 @@ def _extras(job: Job, alibi: Tensor | None, bias: Tensor | None, sink: Tensor | 
 def _facts(job: Job, qkv: Sequence[Tensor], scale: float, seed: int, tables: Sequence[Tensor | None]) -> Mapping[str, object]:
     """What ranks that share a sequence must say alike."""
     (q, k, v), alibi, bias = qkv, *tables[3:5]
-    there, broadcast = {"alibi": alibi is not None, "bias": bias is not None}, job.recipe.transport == "broadcast"
+    broadcast = job.recipe.transport == "broadcast"
     said = {name: value for name, value in asdict(job.recipe).items() if name not in ("group", "rank", "keeps")}
     return {
         "layout": said.pop("layout"),
@@ -109,7 +109,7 @@ def _facts(job: Job, qkv: Sequence[Tensor], scale: float, seed: int, tables: Seq
         "dtype of the bias, or whether it has a gradient": bias is not None and (bias.dtype, bias.requires_grad),
         "batch, heads or head dims": [(x.shape[0], *x.shape[2:]) for x in (q, k, v)],
         "dtype": q.dtype,
-        "dtype in which the kernel that each has gives gradients": kernel_for(job.recipe, q, k, v, there).gives(k.dtype),
+        "dtypes in which gradients travel, by the kernels that each has": wire_of(job.recipe, q, k, v, Extras(alibi, bias, None)),
         "softmax_scale": scale,
         "dropout_seed, which torch's CPU generator draws where it is not given": seed,
         "whether their tokens are as many as the layout gives": (q.shape[1], k.shape[1]) == _wanted_rows(job),

@@ -196,16 +196,15 @@ def _kernel(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Extras, d_l
     return kernel_for(recipe, q, k, v, {"alibi": extras.alibi is not None, "bias": extras.bias is not None, "d_lse": d_lse})
 
 
-def _wire(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Wire:
+def wire_of(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, extras: Extras) -> Wire:
     """How gradients of keys and values travel: without loss, also where some ranks have a gradient of the log-sum-exp, for which
     they may call another kernel; no rank knows of the others."""
-    sums = recipe.wire(k.dtype)
-    if recipe.reduce_dtype:
-        return Wire(sums, sums)
-    given = {_kernel(recipe, q, k, v, extras).gives(k.dtype)}
+    sums, able = recipe.wire(k.dtype), [_kernel(recipe, q, k, v, extras)]
     with suppress(NotImplementedError):  # else no rank has such a gradient
-        given.add(_kernel(recipe, q, k, v, extras, d_lse=True).gives(k.dtype))
-    return Wire(sums, given.pop() if len(given) == 1 else sums)
+        able.append(_kernel(recipe, q, k, v, extras, d_lse=True))
+    rounds = k.dtype != sum_dtype(k.dtype) and all(kernel.rounds for kernel in able)
+    once = k.dtype if rounds and not recipe.reduce_dtype else sums
+    return Wire(sums, once, given=rounds and once == k.dtype)
 
 
 Forward = Generator[Exchange, Wait, tuple[Tensor, Tensor, list[Tensor]]]
@@ -392,7 +391,7 @@ def _differentiate_attend(
 
     wire = Wire(exact, exact)
     if k.shape[2]:
-        kernel, wire = _kernel(job.recipe, q, k, v, extras, d_lse is not None), _wire(job.recipe, q, k, v, extras)
+        kernel, wire = _kernel(job.recipe, q, k, v, extras, d_lse is not None), wire_of(job.recipe, q, k, v, extras)
     walks = []
     for n, (_, hk) in enumerate(split):
         home = KVSums(dk.parts[n * len(features) : (n + 1) * len(features)], dv.parts[n])

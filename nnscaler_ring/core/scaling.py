@@ -414,7 +414,7 @@ def best_transport(mask: Mask, held: Layout, shape: Shape, speed: Speed, network
     compute, mean = float(pairs.max()) * a_pair, float(pairs.mean()) * a_pair
     row = 2 * shape.row + shape.gradient_row  # keys and values twice, gradients once
     if rows == "halo":
-        row = shape.row + shape.once_row(speed)  # once: they are kept
+        row = shape.row + shape.once_row(speed)  # the former are kept
     own = float((held.counts / np.maximum(held.counts + needed, 1)).min())  # of the keys that a rank reads
     hidden = mean * (own if rows == "halo" else (world - 1) / world)
     most = float(np.maximum(needed, rows_given(mask, held, held)).max() if rows == "halo" else needed.max()) * row

@@ -103,10 +103,15 @@ def outgoing(own: KV, messages: Sequence[Message]) -> Callable[[np.ndarray], KV]
 
 @dataclass(frozen=True)
 class Wire:
-    """In which dtype gradients travel: of sums, and of rows whose gradient is what one call gives."""
+    """In which dtype gradients travel: of sums, and of rows whose gradient is what one call gives.
+
+    Attributes:
+        given: that is also the dtype in which the call gives it, and less than exact.
+    """
 
     sums: torch.dtype
     once: torch.dtype
+    given: bool = False
 
     def of(self, message: Message) -> torch.dtype:
         return self.once if message.once else self.sums
@@ -215,11 +220,10 @@ def walk(
 
 
 def _sums(step: Step, memory: KV, parts: int, wire: Wire) -> KVSums:
-    """Of the rows of a memory that is full with a step: in the exact dtype, unless all travel as calls give them held so."""
-    dtype, exact = memory.keys.dtype, sum_dtype(memory.keys.dtype)
-    if step.once and wire.once == dtype != exact and at_once(memory.keys.device.type) > 1:
+    """Of the rows of a memory that is full with a step: exact, unless all travel as calls give them, and that is held."""
+    if step.once and wire.given and at_once(memory.keys.device.type) > 1:
         return KVSums.given(memory, parts)
-    return KVSums.inside(memory.empty(len(memory.keys), exact), parts)
+    return KVSums.inside(memory.empty(len(memory.keys), sum_dtype(memory.keys.dtype)), parts)
 
 
 def _fetch(plan: RankPlan, t: int, memory: KV | None, own: KV) -> Generator[Exchange, Wait, Callable[[], KV]]:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..device import sum_dtype
 from ..intervals import coalesce
 from ..merge import Results
 from ..sums import Sum
@@ -136,7 +135,7 @@ class Kernel(ABC):
     takes_d_lse: bool = False
     """`backward` looks at `Grad.d_lse`."""
     rounds: bool = False
-    """`backward` gives each span's gradients of keys and values once, in their dtype."""
+    """`backward` gives each span's gradients of keys and values once, in their dtype; else it adds to them in the exact one."""
 
     def check(self, case: Case) -> None:
         """Nothing, or NotImplementedError that says what this backend lacks for `case`."""
@@ -144,10 +143,6 @@ class Kernel(ABC):
             raise NotImplementedError(f"it has no {', '.join(lacking)}")
         through_a_value = "d_lse" in case.features and not self.takes_d_lse  # see `differentiate`
         self.check_sizes(replace(case, head_dim_v=case.head_dim_v + 1) if through_a_value else case)
-
-    def gives(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which a span's gradient of keys and values of a dtype comes: exact unless the backend `rounds`."""
-        return dtype if self.rounds else sum_dtype(dtype)
 
     def offers(self, case: Case) -> bool:
         """Whether ``auto`` may take it; by its name it can be had in any case."""
