@@ -1,9 +1,9 @@
 """Errors in half precision, against float64, on 8 and on 64 ranks: they are those of a single call of the same backend.
 
 Each rank's results are rounded to half precision once, like those of the single call. A backend that gives partial results and
-gradients in half precision rounds these besides. All such roundings together are as large as the one at the end where the parts
-have nothing to do with each other, as here, however many there are: errors are then up to sqrt(2) times those of one call, and no
-more on 64 ranks than on 8. Errors are root mean squares and largest differences, over the seeds.
+gradients in half precision, as libraries for GPUs do, rounds these besides. All such roundings together are as large as the one at
+the end where the parts have nothing to do with each other, as here, however many there are: errors are then up to sqrt(2) times
+those of one call, and no more on 64 ranks than on 8. Errors are root mean squares and largest differences.
 
 Legend: `S` tokens, `Hq`/`Hk` heads, `D` head dim.
 """
@@ -11,7 +11,6 @@ Legend: `S` tokens, `Hq`/`Hk` heads, `D` head dim.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -19,17 +18,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nnscaler_ring.core import kernels, layouts, mask
 from nnscaler_ring.core.kernels import Case, Grad, Scores
+from nnscaler_ring.core.kernels.aten import AtenCpu
 from nnscaler_ring.core.plan import plan
 from nnscaler_ring.core.recipe import Recipe
 from tests import oracle
 from tests.interpreter import skip_without_triton
 from tests.shapes import seen_by_name
 
-S, HEADS = 1024, (2, 1, 64, 64)
-SCALE, SEEDS, WORLDS = HEADS[2] ** -0.5, range(2), (8, 64)
+S, HEADS = 512, (2, 1, 64, 64)
+SCALE, WORLDS = HEADS[2] ** -0.5, (8, 64)
 LIMIT = 1.1
 """Of the error over that of a single call."""
 
@@ -54,38 +55,30 @@ BACKENDS = {"reference": ("causal ring zigzag", "window halo"), "aten": tuple(WA
 """Ways to test each backend in; Triton's kernels run in their interpreter, so on 8 ranks only."""
 
 PARTS = oracle.Answer._fields
-ROUNDED = "torch's CPU kernel gives partial results and gradients in the dtype of q: they are rounded twice, rms up to {} x"
-KNOWN = {
-    ("aten", "dq"): (True, ROUNDED.format(1.21)),
-    ("aten", "dk"): (False, ROUNDED.format(1.11)),
-    ("aten", "dv"): (False, ROUNDED.format(1.11)),
-}
-"""What does not hold yet, whether it is sure to fail on any machine, and why."""
 
 
 class Error:
     """Root mean square and largest difference to float64."""
 
-    def __init__(self, got: list[Tensor], want: list[Tensor]) -> None:
-        differences = torch.cat([(g.double() - w).flatten() for g, w in zip(got, want, strict=True)])
+    def __init__(self, got: Tensor, want: Tensor) -> None:
+        differences = got.double() - want
         self.rms, self.largest = float(differences.square().mean().sqrt()), float(differences.abs().max())
-        self.size = max(float(w.abs().max()) for w in want)
+        self.size = float(want.abs().max())
 
 
 @lru_cache(maxsize=16)
-def answers(way: str, dtype: torch.dtype) -> tuple[list[oracle.Inputs], list[oracle.Answer]]:
-    """Inputs and what is right, for each seed."""
-    given = [oracle.inputs(seed, (1, S, S), HEADS, dtype) for seed in SEEDS]
-    seen = seen_by_name(S, S, **WAYS[way].mask)
-    return given, [oracle.dense(each, seen, SCALE) for each in given]
+def answer(way: str, dtype: torch.dtype) -> tuple[oracle.Inputs, oracle.Answer]:
+    """Inputs and what is right."""
+    given = oracle.inputs(0, (1, S, S), HEADS, dtype)
+    return given, oracle.dense(given, seen_by_name(S, S, **WAYS[way].mask), SCALE)
 
 
 @lru_cache(maxsize=256)
 def errors(way: str, backend: str, dtype: torch.dtype, world: int) -> dict[str, Error]:
     """Errors of each part on `world` ranks; for a world of 0 those of a single call of the backend."""
-    given, want = answers(way, dtype)
-    got = [dense(way, backend, each) if world == 0 else ranks(way, backend, each, world) for each in given]
-    return {name: Error([getattr(x, name) for x in got], [getattr(x, name) for x in want]) for name in PARTS}
+    given, want = answer(way, dtype)
+    got = dense(way, backend, given) if world == 0 else ranks(way, backend, given, world)
+    return {name: Error(getattr(got, name), getattr(want, name)) for name in PARTS}
 
 
 def ranks(way: str, backend: str, given: oracle.Inputs, world: int) -> oracle.Answer:
@@ -106,22 +99,13 @@ def dense(way: str, backend: str, given: oracle.Inputs) -> oracle.Answer:
     return oracle.Answer(out, lse, *(x.total().to(dtype) for x in sums))
 
 
-def cases(backends: Iterable[str], *known: str) -> list[Any]:
-    """Backends and parts; what is known to fail is marked, if it is one of the `known` parts."""
-    found = []
-    for backend, part in itertools.product(backends, PARTS):
-        strict, reason = KNOWN.get((backend, part), (True, "")) if part in known else (True, "")
-        marks = [pytest.mark.xfail(reason=reason, strict=strict)] if reason else []
-        found.append(pytest.param(backend, part, marks=marks, id=f"{backend}-{part}"))
-    return found
-
-
 def rounding(part: str, of: Error) -> float:
     """The last bits of a value in fp32, which lse has whatever the inputs are: of the largest score, and of what is added to it."""
     return 2 * torch.finfo(torch.float32).eps * of.size if part == "lse" else 0.0
 
 
-@pytest.mark.parametrize(("backend", "part"), cases(BACKENDS, *PARTS))
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_errors_are_those_of_a_single_call(backend: str, part: str) -> None:
     if backend == "triton":
         skip_without_triton()
@@ -134,22 +118,34 @@ def test_errors_are_those_of_a_single_call(backend: str, part: str) -> None:
     assert not above, "\n".join(above)
 
 
-@pytest.mark.parametrize(("backend", "part"), cases(("reference", "aten")))
-def test_errors_do_not_grow_with_the_world(backend: str, part: str) -> None:
-    """No more than a tenth from 8 ranks to 64, and at most what partial results may add."""
-    above = []
-    for way in BACKENDS[backend]:
-        single, few, many = (errors(way, backend, torch.bfloat16, world)[part] for world in (0, *WORLDS))
-        least = rounding(part, many)
-        if many.rms > max(LIMIT * few.rms, least) or max(few.rms, many.rms) > max(2**0.5 * single.rms, least):
-            above.append(f"{way}: rms {few.rms / single.rms:.3f} x, then {many.rms / single.rms:.3f} x")
-    assert not above, "\n".join(above)
+def test_parts_that_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On torch's kernel in half precision: at most what is said above, and no more than a tenth from 8 ranks to 64."""
+    monkeypatch.setattr(AtenCpu, "exact", False)
+    way, dtype = "causal ring zigzag", torch.bfloat16
+    found = [errors.__wrapped__(way, "aten", dtype, world) for world in (0, *WORLDS)]
+    for part in ("out", "dq", "dk", "dv"):  # lse is in fp32
+        single, few, many = (each[part].rms for each in found)
+        assert few <= 2**0.5 * single, f"{part}: {few / single:.3f} x"
+        assert many <= LIMIT * few, f"{part}: {few / single:.3f} x, then {many / single:.3f} x"
+    assert found[1]["dq"].rms > LIMIT * found[0]["dq"].rms, "nothing was rounded"
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_errors_in_float16(part: str) -> None:
     single, got = (errors("causal all_gather zigzag", "aten", torch.float16, world)[part] for world in (0, 8))
-    assert got.rms <= max(2**0.5 * single.rms, rounding(part, got)), f"{got.rms / single.rms:.3f} x"
+    assert got.rms <= max(LIMIT * single.rms, rounding(part, got)), f"{got.rms / single.rms:.3f} x"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_errors_of_torch_itself_are_larger(dtype: torch.dtype) -> None:
+    """Its CPU kernel rounds weights to half precision on the way."""
+    way = "causal ring zigzag"
+    given, want = answer(way, dtype)
+    leaves = [x.transpose(1, 2).detach().requires_grad_() for x in given[:3]]
+    out = F.scaled_dot_product_attention(*leaves, is_causal=True, scale=SCALE, enable_gqa=True)
+    found = [x.transpose(1, 2) for x in (out.detach(), *torch.autograd.grad(out, leaves, given.d_out.transpose(1, 2)))]
+    for part, theirs in zip(("out", "dq", "dk", "dv"), found, strict=True):
+        assert errors(way, "aten", dtype, 8)[part].rms <= Error(theirs, getattr(want, part)).rms, part
 
 
 def test_heads_that_ranks_share_are_rounded_once() -> None:

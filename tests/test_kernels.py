@@ -402,7 +402,7 @@ def test_the_cpu_kernel_computes_little_more_than_is_visible(name: str, length: 
 @pytest.mark.parametrize("window", [(0, -1), (5, -1)])
 def test_triangles_that_are_read_backwards(window: Window, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "LONG", 16)
-    assert any(piece.kind is tiles.Kind.ANTI for piece in tiles.pieces(40, 40, window, 16))
+    assert any(piece.kind is tiles.Kind.ANTI for piece in tiles.pieces(40, 40, window))
     (kernel,) = (each for each in KERNELS["aten"] if each.name == "aten" and type(each).__name__ == "AtenCpu")
     p = problem([(0, 40, 0, 40)], window, (2, 1, 8, 8), torch.float64, torch.device("cpu"), (40, 40))
     check_forward(kernel, p, TOLERANCE[torch.float64])

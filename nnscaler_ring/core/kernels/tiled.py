@@ -25,8 +25,8 @@ class Tiled(Kernel):
 
     shares_heads = True
     """Both passes take fewer key heads than query heads."""
-    merges_exactly = False
-    """Results that are to be merged are computed in fp32, their log-sum-exps added up in float64: set where that is no slower."""
+    exact = False
+    """Half precision is computed in fp32, so that nothing is rounded before the end, and log-sum-exps add up in float64."""
 
     @abstractmethod
     def attend(self, read: Sequence[Tensor], causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -38,20 +38,18 @@ class Tiled(Kernel):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> tuple[Tensor, Tensor]:
         head_dim_v = v.shape[-1]
-        q, k, v = pad(q, k, v)
+        q, k, v = pad(*self._as_computed(q, k, v))
         k, v = self._heads_as(q, k), self._heads_as(q, v)
-        if scores.merged and self.merges_exactly:
-            q, k, v = (x.to(sum_dtype(x.dtype)) for x in (q, k, v))
         parts = [self._span(q[:, i0:i1], k[:, j0:j1], v[:, j0:j1], window, scores.scale) for i0, i1, j0, j1 in spans.tolist()]
         out, lse = parts[0] if len(parts) == 1 else (torch.cat([o for o, _ in parts], 1), torch.cat([x for _, x in parts], 2))
         return out[..., :head_dim_v], lse
 
     def backward(self, grad: Grad, k: Tensor, v: Tensor, spans: Spans, window: Window, scores: Scores) -> None:
         all_q, all_k, all_v = grad.totals
-        q, k, v, out, d_out = pad(grad.q, k, v, grad.out, grad.d_out)
+        q, k, v, out, d_out = pad(*self._as_computed(grad.q, k, v, grad.out, grad.d_out))
         k, v = self._heads_as(q, k), self._heads_as(q, v)
         for i0, i1, j0, j1 in spans.tolist():
-            for piece in tiles.pieces(i1 - i0, j1 - j0, window, _long(q)):
+            for piece in tiles.pieces(i1 - i0, j1 - j0, window):
                 at = piece._replace(i0=piece.i0 + i0, i1=piece.i1 + i0, j0=piece.j0 + j0, j1=piece.j1 + j0)
                 for b in _batches(at, q.shape[0]):
                     mask = _mask(piece, q)
@@ -64,15 +62,13 @@ class Tiled(Kernel):
 
     def _span(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor]:
         """One span's result: that of its one piece, or its pieces merged in fp32."""
-        pieces = tiles.pieces(q.shape[1], k.shape[1], window, _long(q))
+        pieces = tiles.pieces(q.shape[1], k.shape[1], window)
         if len(pieces) == 1 and pieces[0].repeat == 1:
             return self._run(pieces[0], q, k, v, scale)
         disjoint = sum((p.i1 - p.i0) * p.repeat for p in pieces) == q.shape[1]
         exact = sum_dtype(q.dtype)
         out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype if disjoint else exact)
-        lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=torch.float64 if self.merges_exactly and not disjoint else exact)
-        if self.merges_exactly and not disjoint:
-            q, k, v = q.to(exact), k.to(exact), v.to(exact)
+        lse = q.new_full((*q.shape[:3], 1), float("-inf"), dtype=torch.float64 if self.exact and not disjoint else exact)
         for piece in pieces:
             for b in _batches(piece, q.shape[0]):
                 block_out, block_lse = self._run(piece, q[b], k[b], v[b], scale)
@@ -104,6 +100,9 @@ class Tiled(Kernel):
             read, lse = [x.flip(2) for x in read], lse.flip(2)
         grads = self.gradients(read, lse, causal, mask, scale)
         return [x.flip(2) for x in grads] if anti else list(grads)
+
+    def _as_computed(self, *read: Tensor) -> Sequence[Tensor]:
+        return [x.to(sum_dtype(x.dtype)) for x in read] if self.exact else read
 
     def _heads_as(self, q: Tensor, k: Tensor) -> Tensor:
         """k with q's number of heads where the kernel cannot share them among query heads."""
@@ -160,8 +159,3 @@ def _band(rows: int, keys: int, low: int, high: int, dtype: torch.dtype, device:
     distance = torch.arange(keys, device=device) - torch.arange(rows, device=device).unsqueeze(1)
     hidden = (distance < low) | (distance > high)
     return torch.zeros(distance.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-
-
-def _long(q: Tensor) -> int:
-    """Rows from which a triangle is one causal call: masks slow the kernel down more in half precision."""
-    return tiles.LONG if q.dtype not in (torch.bfloat16, torch.float16) else tiles.LONG // 4

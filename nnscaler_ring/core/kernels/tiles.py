@@ -46,46 +46,43 @@ class Piece(NamedTuple):
     repeat: int = 1
 
 
-def pieces(num_q: int, num_k: int, window: Window, long: int = LONG) -> list[Piece]:
-    """Disjoint pieces of a trimmed span of `num_q` rows and `num_k` keys under a bottom-right aligned window.
-
-    A triangle of `long` rows or more is one causal call.
-    """
+def pieces(num_q: int, num_k: int, window: Window) -> list[Piece]:
+    """Disjoint pieces of a trimmed span of `num_q` rows and `num_k` keys under a bottom-right aligned window."""
     left, right = window
     low, high = num_k - num_q - left, num_k - num_q + right
     from_first, to_last = left < 0 or low <= 1 - num_q, right < 0 or high >= num_k - 1  # no limit, or one that excludes nothing
     if from_first and to_last:
         return [Piece(Kind.FULL, 0, num_q, 0, num_k)]
     if from_first:
-        return _below(num_q, num_k, high, long)
+        return _below(num_q, num_k, high)
     if to_last:
-        return [_backwards(piece, num_q, num_k) for piece in _below(num_q, num_k, num_k - num_q - low, long)]
-    return _wide(num_q, num_k, low, high, long) if high - low + 1 >= long // 2 else _along(0, num_q, num_k, low, high)
+        return [_backwards(piece, num_q, num_k) for piece in _below(num_q, num_k, num_k - num_q - low)]
+    return _wide(num_q, num_k, low, high) if high - low + 1 >= LONG // 2 else _along(0, num_q, num_k, low, high)
 
 
-def _below(num_q: int, num_k: int, high: int, long: int) -> list[Piece]:
+def _below(num_q: int, num_k: int, high: int) -> list[Piece]:
     """Row i sees keys ``0 .. i + high``: a rectangle that all rows see, a triangle, and rows below it that see everything."""
     size = num_k - high
-    if size < long // 2 and high <= size:  # short: the rectangle comes along in the triangle's tiles
+    if size < LONG // 2 and high <= size:  # short: the rectangle comes along in the triangle's tiles
         found = _along(0, size, num_k, -NO_LIMIT, high)
     else:
         found = [Piece(Kind.FULL, 0, size, 0, high)] if high > 0 else []
-        found += _triangle(0, high, size, long)
+        found += _triangle(0, high, size)
     return [*found, Piece(Kind.FULL, size, num_q, 0, num_k)] if size < num_q else found
 
 
-def _triangle(i0: int, j0: int, size: int, long: int) -> list[Piece]:
+def _triangle(i0: int, j0: int, size: int) -> list[Piece]:
     """Row ``i0 + n`` sees keys ``j0 .. j0 + n``: one causal call, or two triangles and a rectangle, or tiles."""
-    if size >= long:
+    if size >= LONG:
         return [Piece(Kind.CAUSAL, i0, i0 + size, j0, j0 + size)]
-    if size < long // 2:
+    if size < LONG // 2:
         return [p._replace(j0=j0) for p in _along(i0, i0 + size, j0 + size, -NO_LIMIT, j0 - i0)]
     half = size // 2
     box = Piece(Kind.FULL, i0 + half, i0 + size, j0, j0 + half)
-    return [*_triangle(i0, j0, half, long), box, *_triangle(i0 + half, j0 + half, size - half, long)]
+    return [*_triangle(i0, j0, half), box, *_triangle(i0 + half, j0 + half, size - half)]
 
 
-def _wide(num_q: int, num_k: int, low: int, high: int, long: int) -> list[Piece]:
+def _wide(num_q: int, num_k: int, low: int, high: int) -> list[Piece]:
     """A wide band: as many rows at a time as it is wide see it as two triangles side by side, each with one limit."""
     found: list[Piece] = []
     width = high - low + 1
@@ -95,10 +92,10 @@ def _wide(num_q: int, num_k: int, low: int, high: int, long: int) -> list[Piece]
         first, rows = max(0, i0 + low), min(i1, middle - low) - i0
         if first < middle and rows > 0:
             left = middle - low - i0 - rows
-            found += [_moved(piece, i0, first) for piece in pieces(rows, middle - first, (left, -1), long)]
+            found += [_moved(piece, i0, first) for piece in pieces(rows, middle - first, (left, -1))]
         begin, end = max(i0, middle - high), min(num_k, i1 + high)
         if middle < end and begin < i1:
-            found += [_moved(piece, begin, middle) for piece in pieces(i1 - begin, end - middle, (-1, high + i1 - end), long)]
+            found += [_moved(piece, begin, middle) for piece in pieces(i1 - begin, end - middle, (-1, high + i1 - end))]
     return found
 
 
