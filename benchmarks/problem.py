@@ -176,7 +176,9 @@ def check(got: Answer, want: Answer, dtype: str) -> float:
 
 
 def clock_of(setup: Setup) -> Clock:
-    return Clock(setup.device, setup.threads, setup.product, getattr(torch, setup.dtype))
+    """Its product is in the dtype of the setup, on the CPU in the one in which half precision is computed there, fp32."""
+    dtype = getattr(torch, setup.dtype) if setup.device == "cuda" else torch.float32
+    return Clock(setup.device, setup.threads, setup.product, dtype)
 
 
 @contextmanager

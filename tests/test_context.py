@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 from unittest import mock
 
@@ -258,13 +259,13 @@ def on_meshes(rank: int, world_size: int) -> list[str]:
 
 
 def on_grids(rank: int, world_size: int) -> list[str]:
-    """Heads along the inner axis of a mesh, rows along the outer one."""
+    """Heads along the inner axis of a mesh, rows along the outer one; each use on one of the shapes of a mesh."""
     device, dtype = place()
-    faults = []
-    for sizes in ((2, world_size // 2), (1, world_size), (world_size, 1)):
+    faults, shapes = [], ((2, world_size // 2), (1, world_size), (world_size, 1))
+    for first, sizes in enumerate(shapes):
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("outer", "inner"))
-        for layout in LAYOUTS:
-            for each, transport, kernel in uses(layout):
+        for turn, layout in enumerate(LAYOUTS):
+            for each, transport, kernel in islice(uses(layout), (first + turn) % len(shapes), None, len(shapes)):
                 if transport == "all_to_all":
                     continue
                 cp = ContextParallel(mesh, layout=layout, transport=transport, kernel=kernel)

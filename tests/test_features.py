@@ -66,6 +66,7 @@ def _case(rng: np.random.Generator, number: int) -> Case:
         far=int(rng.integers(0, 20)) if "far" in features else None,
         batch0=int(rng.integers(0, 5)),
         head0=int(rng.integers(0, 5)),
+        keeps=number % 3 > 0,
         **({} if mask.slices is not None else mask.named),
     )
     heads = (heads_k * int(rng.integers(1, 4)), heads_k, int(rng.integers(1, 7)) * recipe.parts, int(rng.integers(1, 7)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -12,11 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 from nnscaler_ring import wrap_ring_attn_func
 from nnscaler_ring.context import ContextParallel
 from nnscaler_ring.core import engine, passes
+from nnscaler_ring.core.agree import VARIABLE
 from nnscaler_ring.core.kernels import Grad, Scores
 from nnscaler_ring.core.kernels.reference import Reference
 from nnscaler_ring.core.layouts import LAYOUTS, build
@@ -159,6 +162,30 @@ def test_gradients_leave_before_calls_on_own_rows(monkeypatch: pytest.MonkeyPatc
         assert log == wanted
 
 
+@pytest.mark.parametrize("stride", [0, 1])
+@pytest.mark.parametrize("step", [1, 2])
+def test_buffers_that_come_back_from_a_store(step: int, stride: int) -> None:
+    """`saved_tensors_hooks` may give back a view of a larger memory."""
+    store, used = torch.zeros(1 << 16, dtype=torch.float64), [7]
+
+    def pack(x: Tensor) -> Any:
+        if x.dtype != store.dtype:
+            return x
+        place = store[used[0] : used[0] + step * x.numel() : step]
+        place.copy_(x.detach().reshape(-1))
+        used[0] += step * x.numel()
+        return place, x.shape
+
+    given = oracle.inputs(0, (1, 96, 96), (2, 2, 8, 6))
+    recipe = Recipe(group="local:4", transport="halo", kernel="reference", heads_stride=stride, keeps=True, **WINDOW)
+    want, kept, _ = passes_of(recipe, given)
+    assert kept
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda p: p if isinstance(p, Tensor) else p[0].view(p[1])):
+        got, _, _ = passes_of(recipe, given)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 # -- who asks for it ---------------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +258,38 @@ def test_on_processes(ranks) -> None:
         assert all(worst < 1e-10 for worst, _ in found)
         for once, again, reentrant, graph in (found[:4], found[4:]):
             assert once[1] == 2 and again[1] == reentrant[1] == graph[1] == 4
+
+
+def _in_part_in_a_graph(rank: int, world_size: int) -> list[str]:
+    """What a rank hears whose function runs as it is written, while that of the other runs as a graph."""
+    shard = oracle.inputs(rank, (1, 48, 48), (4, 2, 8, 8))
+    cp = ContextParallel(dist.group.WORLD, kernel="reference")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+        return cp.attention(q, k, v, mask="causal", window_size=(9, 0)) + other.sum()
+
+    def gradients(call: Any, size: int) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in shard[:3]]
+        return torch.autograd.grad(call(*leaves, torch.zeros(size)), leaves, shard.d_out)
+
+    graph, want = torch.compile(attend, backend="eager", dynamic=False), gradients(attend, 1)
+    gradients(graph, 1)
+    with torch.compiler.set_stance("eager_on_recompile"):  # as from the recompile limit on
+        for x, y in zip(gradients(graph, 1 + rank), want, strict=True):
+            torch.testing.assert_close(x, y)
+    with mock.patch.dict(os.environ, {VARIABLE: "1"}):
+        try:
+            gradients(attend if rank else graph, 1)
+        except ValueError as heard:
+            return [str(heard)]
+    return []
+
+
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.7", reason="torch 2.6 does not say that a compiled function runs")
+def test_one_rank_in_a_graph_and_one_outside(ranks) -> None:
+    """A compiled function that runs as it is written goes on; a call of one that is not compiled is named under the check."""
+    for heard in ranks(2).run(_in_part_in_a_graph):
+        assert len(heard) == 1 and "whether they kept keys and values that came" in heard[0]
 
 
 # -- on paper ----------------------------------------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ def _case(rng: np.random.Generator, number: int) -> Case:
         kernel=one(*KERNELS),
         heads_stride=int(rng.integers(0, 4)) if transport == "all_gather" or rng.random() < 0.1 else 0,
         deterministic=bool(rng.random() < 0.5),
+        keeps=number % 2 == 0,
         **named,
     )
     heads = (heads_k * int(rng.integers(1, 4)), heads_k, int(rng.integers(1, 9)), int(rng.integers(1, 9)))

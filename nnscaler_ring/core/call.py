@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
@@ -172,6 +172,7 @@ def out_and_lse(
         text, total, tables = _in_graph(q, k, v, recipe, options, rows)
     else:
         recipe, total, tables = check(q, k, v, recipe, options, rows)
+        recipe = replace(recipe, keeps=_may_keep(q, k, v, options.bias, options.learnable_sink))
         if heads_may_travel:
             recipe = _with_transport(q, k, v, recipe, total, tables, options)
         text = str(recipe)
@@ -372,8 +373,7 @@ def _checked(
     check_differentiable(q, k, v, options.alibi_slopes, options.learnable_sink, options.bias)
     check_names(recipe)
     _check_flags(options)
-    keeps = _may_keep(q, k, v, options.bias, options.learnable_sink)
-    recipe = replace(recipe, **{**_of_recipe(options), "window": check_window(options.window_size), "keeps": keeps})
+    recipe = replace(recipe, **{**_of_recipe(options), "window": check_window(options.window_size)})
     for name, length in (("seq_len", rows.seq_len), ("seq_len_k", rows.seq_len_k)):
         if length is not None and not (isinstance(length, Integral) and length >= 0):
             raise ValueError(f"{name}={length!r}: give a number of tokens")
@@ -390,9 +390,19 @@ def _checked(
     return recipe, total, (cu_q, cu_k, slices)
 
 
+_frames = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+"""What torch does with frames of Python: None where no compiled function runs."""
+
+
 def _may_keep(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass may follow; not of tensors without content, of which nobody knows how many rows others read."""
-    given = [x for x in tensors if x is not None and not isinstance(x, FakeTensor)]
+    """Whether a backward pass may follow that does as those of other ranks do.
+
+    Not of tensors without content, of which nobody knows how many rows others read, and not while a compiled function runs, also
+    one that runs as it is written, as from the recompile limit on: other ranks may be in its graph, which keeps nothing.
+    """
+    if torch.compiler.is_compiling() or _frames() is not None:
+        return False
+    given = [x for x in tensors if x is not None and not is_fake(x)]
     return torch.is_grad_enabled() and any(x.requires_grad for x in given)
 
 

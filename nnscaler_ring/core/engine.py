@@ -210,7 +210,8 @@ def attention_backward(
     *documents, alibi, bias, sink = tables
     job = job_of(Recipe.parse(recipe), (total[0], total[1]), documents, saved[1:4], scale, seed, backward=True)
     if asked():
-        check_alike(job.transport, "the backward pass of attention", _facts(job, saved[1:4], scale, seed, tables), saved[0].device)
+        facts = {**_facts(job, saved[1:4], scale, seed, tables), "whether they kept keys and values that came": len(saved) > 6}
+        check_alike(job.transport, "the backward pass of attention", facts, saved[0].device)
     ranks = range(len(job.plans))
     d_lses = [None for _ in ranks] if d_lse is None else job.shards(d_lse, job.q_layout, dim=2)
     d_out, q, k, v, out, lse, *kept = saved

@@ -72,10 +72,10 @@ class KV:
         return self.within(self.keys.new_empty(size * sum(prod(x.shape[1:]) for x in self), dtype=dtype), size)
 
     def within(self, data: Tensor, size: int) -> KV:
-        """Rows of this kind in a buffer."""
-        shapes = [(size, *x.shape[1:]) for x in self]
-        half = prod(shapes[0])
-        keys, values = (data.as_strided(shape, _strides(shape), at) for shape, at in zip(shapes, (0, half), strict=True))
+        """Rows of this kind in a contiguous buffer."""
+        shapes, start = [(size, *x.shape[1:]) for x in self], data.storage_offset()
+        places = start, start + prod(shapes[0])
+        keys, values = (data.as_strided(shape, _strides(shape), at) for shape, at in zip(shapes, places, strict=True))
         return KV(keys, values, data)
 
 
@@ -191,7 +191,7 @@ def walk(
     """
     own, there = KV.of(k, v), [] if home is None or kept is None else kept
     if there:
-        arriving: Callable[[], KV] = lambda: own.within(there[0], plan.steps[1].room)  # noqa: E731
+        arriving: Callable[[], KV] = lambda: own.within(there[0].contiguous(), plan.steps[1].room)  # noqa: E731
     else:
         arriving = yield from _fetch(plan, 1, None, own)
         visit(plan.steps[0], k, v, home)
