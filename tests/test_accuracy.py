@@ -29,7 +29,7 @@ from tests import oracle
 from tests.interpreter import skip_without_triton
 from tests.shapes import seen_by_name
 
-S, HEADS = 512, (2, 1, 64, 64)
+S, HEADS = 256, (2, 1, 64, 64)
 SCALE, WORLDS = HEADS[2] ** -0.5, (8, 64)
 LIMIT = 1.1
 """Of the error over that of a single call."""
@@ -46,10 +46,9 @@ class Way:
 
 WAYS = {
     "causal ring zigzag": Way("zigzag", "ring"),
-    "causal ring contiguous": Way("contiguous", "ring"),
     "causal all_gather zigzag": Way("zigzag", "all_gather"),
     "full ring": Way("contiguous", "ring", {}),
-    "window halo": Way("contiguous", "halo", {"causal": True, "window": (100, 0)}),
+    "window halo": Way("contiguous", "halo", {"causal": True, "window": (50, 0)}),
 }
 BACKENDS = {"reference": ("causal ring zigzag", "window halo"), "aten": tuple(WAYS), "triton": ("causal ring zigzag",)}
 """Ways to test each backend in; Triton's kernels run in their interpreter, so on 8 ranks only."""

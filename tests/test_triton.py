@@ -152,17 +152,18 @@ def test_tiles_have_rows_of_one_state() -> None:
 
 @launches
 @pytest.mark.parametrize(
-    ("layout", "transport", "how"),
+    ("dtype", "layout", "transport", "how"),
     [
-        ("zigzag", "ring", {"causal": True}),
-        ("contiguous", "halo", {"causal": True, "window": (9, 0)}),
-        ("balanced", "grouped_ring", {"causal": True}),
-        ("stripe", "all_gather", {"causal": True, "heads_stride": 1}),
-        ("zigzag", "ring", {"causal": True, "far": 6}),
+        (torch.float32, "zigzag", "ring", {"causal": True}),
+        (torch.float32, "contiguous", "halo", {"causal": True, "window": (9, 0)}),
+        (torch.bfloat16, "zigzag", "ring", {"causal": True}),
+        (torch.bfloat16, "contiguous", "halo", {"causal": True, "window": (9, 0)}),
+        (torch.bfloat16, "balanced", "grouped_ring", {"causal": True}),
+        (torch.bfloat16, "stripe", "all_gather", {"causal": True, "heads_stride": 1}),
+        (torch.bfloat16, "zigzag", "ring", {"causal": True, "far": 6}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_walks(dtype: torch.dtype, layout: str, transport: str, how: dict, device: torch.device) -> None:
     """Results and gradients are put together in place: rows of one call where they end, others in fp32 until the last."""
     cu = [0, 3, 17, 40] if layout == "balanced" else None
