@@ -46,6 +46,7 @@ class Way:
 
 WAYS = {
     "causal ring zigzag": Way("zigzag", "ring"),
+    "causal ring contiguous": Way("contiguous", "ring"),
     "causal all_gather zigzag": Way("zigzag", "all_gather"),
     "full ring": Way("contiguous", "ring", {}),
     "window halo": Way("contiguous", "halo", {"causal": True, "window": (50, 0)}),
@@ -115,6 +116,15 @@ def test_errors_are_those_of_a_single_call(backend: str, part: str) -> None:
         if got.rms > max(LIMIT * single.rms, least) or got.largest > max(LIMIT * single.largest, least):
             above.append(f"{way}, {world} ranks: rms {got.rms / single.rms:.3f} x, largest {got.largest / single.largest:.3f} x")
     assert not above, "\n".join(above)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("backend", ["reference", "aten"])
+def test_errors_do_not_grow_with_the_world(backend: str, part: str) -> None:
+    """No more than a tenth from 8 ranks to 64."""
+    for way in BACKENDS[backend]:
+        few, many = (errors(way, backend, torch.bfloat16, world)[part] for world in WORLDS)
+        assert many.rms <= max(LIMIT * few.rms, rounding(part, many)), f"{way}: {many.rms / few.rms:.3f} x"
 
 
 def test_parts_that_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
